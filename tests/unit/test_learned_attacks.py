@@ -141,7 +141,7 @@ def evaluate(context: EvaluationContext, attack: Attack) -> EvalResult:
 @pytest.mark.parametrize("name", ["pros-gan", "nag", "sdha-targeted"])
 def test_targeted_attacks_beat_chance(context, name):
     options = {
-        "pros-gan": {"epochs": 30, "fit_steps": 400, "hidden": 1024, "width": 8, "reconstruction": 0.0},
+        "pros-gan": {"epochs": 30, "fit_steps": 400, "hidden": 1024, "width": 8},
         "nag": {"steps": 32},
     }
     attack = make_attack(name, None, eps=0.3, **options.get(name, {"steps": 60}))

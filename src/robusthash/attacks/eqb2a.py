@@ -14,7 +14,7 @@ from robusthash.attacks.generator import Generator
 from robusthash.attacks.generator_training import GeneratorSchedule, GeneratorTask, seeded, train_generator
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.oracle import QueryOracle
-from robusthash.attacks.prosgan import Generated, Painted, painted
+from robusthash.attacks.prosgan import Generated, Painted, change_weight, painted
 from robusthash.attacks.substitute import Substituted, answered_modalities, sample
 from robusthash.attacks.threat_model import Threat, image_threat
 from robusthash.core.hamming import sign
@@ -97,9 +97,8 @@ class Knockoff(Substituted):
             nets = nn.ModuleDict({"planes": Generator(0, self.width, 1), "paint": Generator(3, self.width)})
         guide = replace(self, model=model, nets=nets.to(victim.device))
         training = KnockoffTraining(guide, self._codes(model, data, lists["image"][:, :NEAREST], other))
-        schedule = GeneratorSchedule(
-            self.generator_epochs, self.rate, reconstruction=5.0
-        )  # 20 x MSE in [0, 1]
+        weight = change_weight(None, self.bounded, published=5.0)  # 20 x MSE in [0, 1]
+        schedule = GeneratorSchedule(self.generator_epochs, self.rate, reconstruction=weight)
         unlabelled = replace(data, train=replace(split, labels=None))
         steps += train_generator(training, model, unlabelled, schedule, draws)
         nets.requires_grad_(False)

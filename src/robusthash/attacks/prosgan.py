@@ -297,6 +297,13 @@ class TargetedTraining:
         return painted(self.nets.generator(images, planes), images, bound)
 
 
+def change_weight(given: float | None, bounded: bool, published: float) -> float:
+    """Weight of the squared change in a generator's loss: none within a bound, which limits the change itself."""
+    if given is not None:
+        return given
+    return 0.0 if bounded else published
+
+
 def generator_attack(
     name: str, guide: TargetGenerator, eps: float | None, generator: str | None, transfer: bool
 ) -> Attack:
@@ -328,7 +335,7 @@ def pros_gan(
     hidden: int = 512,
     fit_steps: int = 1000,
     rate: float = 1e-3,
-    reconstruction: float = 100.0,
+    reconstruction: float | None = None,
     bounded: bool = True,
     generator: str | None = None,
     transfer: bool = False,
@@ -338,11 +345,12 @@ def pros_gan(
     ``generator`` is a file that keeps it, tied to the victim; ``transfer: true`` uses one that was trained on
     another model. 100 epochs, width 64, rate 1e-4, 30,000 ``fit_steps`` of the prototypes in the paper.
 
-    Differs: the generator learns within eps (``bounded: false``: an image, as published, which the evaluator
-    projects); targets share no label with the query in evaluation (published: any label set); nearest
+    Differs: the generator learns within eps, and its change weighs nothing in the loss (``bounded: false``: an
+    image and ``reconstruction`` 100, as published; the evaluator projects it); targets share no label with the query in evaluation (published: any label set); nearest
     upsampling and instance norm in place of transposed convolutions, which need no size of image.
     """
-    guide = TargetGenerator(epochs, rate, reconstruction, hidden, width, steps=fit_steps, bounded=bounded)
+    weight = change_weight(reconstruction, bounded, published=100.0)
+    guide = TargetGenerator(epochs, rate, weight, hidden, width, steps=fit_steps, bounded=bounded)
     return generator_attack("pros-gan", guide, eps, generator, transfer)
 
 
@@ -362,7 +370,7 @@ def ta_dch(
     hidden: int = 512,
     fit_steps: int = 1000,
     rate: float = 1e-3,
-    reconstruction: float = 150.0,
+    reconstruction: float | None = None,
     bounded: bool = True,
     generator: str | None = None,
     transfer: bool = False,
@@ -376,9 +384,10 @@ def ta_dch(
     in any direction); the text of a target is that of a training pair with its labels (their test
     draws a pair of the database, which may share labels with the query); labels and texts are fused as
     vectors in place of 16 x 32 x 32 maps; planes stand behind the colours, not between them, which a
-    convolution cannot tell; the generator learns within eps, see ``pros-gan``.
+    convolution cannot tell; the generator learns within eps, see ``pros-gan`` (``reconstruction`` 150 published).
     """
     sizes = {"hidden": hidden, "width": width, "steps": fit_steps, "bounded": bounded}
-    guide = TargetGenerator(epochs, rate, reconstruction, texts=True, **sizes)  # type: ignore[arg-type]
+    weight = change_weight(reconstruction, bounded, published=150.0)
+    guide = TargetGenerator(epochs, rate, weight, texts=True, **sizes)  # type: ignore[arg-type]
     guide = replace(guide, pairs_weight=5.0, quantisation=1e-3)
     return generator_attack("ta-dch", guide, eps, generator, transfer)
