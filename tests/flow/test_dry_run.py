@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def test_smaller_batches_are_scaled_up_and_said(recipe: Path) -> None:
     assert any("at most 4 items, where the recipe has 16 and 8" in note for note in found.notes)
     with pytest.raises(ValueError, match="batch must be at least 2, got 1"):
         dry_run(load_config(recipe), recipe.parent, batch=1)
+
+
+def test_fits_of_attacks_are_scaled_by_what_they_pass() -> None:
+    attacks = [
+        {"name": "pros-gan", "epochs": 5, "width": 2, "hidden": 8},
+        {"name": "tha", "fit_steps": 200, "hidden": 8},
+    ]
+    config = make_config({**CONFIG, "evaluation": {"attacks": attacks}})
+    found = dry_run(config)
+    generator, prototypes = part(found, "fitting pros-gan"), part(found, "fitting tha")
+    assert prototypes.whole == pytest.approx(prototypes.seconds * 200 / 20)
+    known = int(re.fullmatch(r"one of at most \d+ parts, on (\d+) items", generator.timed)[1])
+    assert generator.whole == pytest.approx(generator.seconds * 5 * found.sizes["train"] / known)
 
 
 def test_asymmetric_training_counts_the_passes_over_its_sample() -> None:

@@ -54,6 +54,9 @@ class AnsweredCodes(Substituted):
     questions: int = 2000
     known: Tensor | None = field(default=None, compare=False)
 
+    def fit_size(self, items: int) -> int:
+        return self.epochs * min(self.questions, items)
+
     def fitted(
         self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws
     ) -> AnsweredCodes:

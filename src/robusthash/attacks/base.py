@@ -106,6 +106,10 @@ class Guide(Checked, ABC):
         """The guide with a fit of at most this many epochs."""
         return self
 
+    def fit_size(self, items: int) -> int:
+        """Items that a fit on this many training items passes in all, at most; an estimate of its cost."""
+        return items
+
     def ascended_model(self, victim: Hasher) -> Hasher:
         """The model whose score the search ascends: the victim, or a substitute."""
         return victim

@@ -74,6 +74,9 @@ class Knockoff(Substituted):
             self, epochs=min(steps, self.epochs), generator_epochs=min(steps, self.generator_epochs)
         )
 
+    def fit_size(self, items: int) -> int:
+        return (self.epochs + self.generator_epochs) * min(self.questions, items)
+
     def fitted(
         self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws
     ) -> Knockoff:

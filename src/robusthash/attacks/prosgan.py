@@ -135,6 +135,9 @@ class TargetGenerator(Guide):
     def at_most(self, steps: int) -> TargetGenerator:
         return replace(self, epochs=min(steps, self.epochs), steps=min(self.steps, 100 * steps))
 
+    def fit_size(self, items: int) -> int:
+        return self.epochs * items  # the codes of targets, which come before, take little
+
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Painted:
@@ -298,7 +301,7 @@ class TargetedTraining:
 
 
 def change_weight(given: float | None, bounded: bool, published: float) -> float:
-    """Weight of the squared change in a generator's loss: none within a bound, which limits the change itself."""
+    """Weight of the squared change in a generator's loss: none within a bound, which limits it already."""
     if given is not None:
         return given
     return 0.0 if bounded else published
@@ -345,9 +348,10 @@ def pros_gan(
     ``generator`` is a file that keeps it, tied to the victim; ``transfer: true`` uses one that was trained on
     another model. 100 epochs, width 64, rate 1e-4, 30,000 ``fit_steps`` of the prototypes in the paper.
 
-    Differs: the generator learns within eps, and its change weighs nothing in the loss (``bounded: false``: an
-    image and ``reconstruction`` 100, as published; the evaluator projects it); targets share no label with the query in evaluation (published: any label set); nearest
-    upsampling and instance norm in place of transposed convolutions, which need no size of image.
+    Differs: the generator learns within eps, and its change weighs nothing in the loss (``bounded: false``:
+    an image and ``reconstruction`` 100, as published; the evaluator projects it); targets share no label with
+    the query in evaluation (published: any label set); nearest upsampling and instance norm in place of
+    transposed convolutions, which need no size of image.
     """
     weight = change_weight(reconstruction, bounded, published=100.0)
     guide = TargetGenerator(epochs, rate, weight, hidden, width, steps=fit_steps, bounded=bounded)
@@ -384,7 +388,7 @@ def ta_dch(
     in any direction); the text of a target is that of a training pair with its labels (their test
     draws a pair of the database, which may share labels with the query); labels and texts are fused as
     vectors in place of 16 x 32 x 32 maps; planes stand behind the colours, not between them, which a
-    convolution cannot tell; the generator learns within eps, see ``pros-gan`` (``reconstruction`` 150 published).
+    convolution cannot tell; the generator learns within eps, see ``pros-gan`` (``reconstruction`` 150).
     """
     sizes = {"hidden": hidden, "width": width, "steps": fit_steps, "bounded": bounded}
     weight = change_weight(reconstruction, bounded, published=150.0)

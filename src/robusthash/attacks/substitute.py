@@ -46,6 +46,9 @@ class Substituted(Guide):
     def at_most(self, steps: int) -> Substituted:
         return replace(self, epochs=min(steps, self.epochs))
 
+    def fit_size(self, items: int) -> int:
+        return self.epochs * items
+
     def ascended_model(self, victim: Hasher) -> Hasher:
         return self.required
 

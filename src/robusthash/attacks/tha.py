@@ -90,6 +90,9 @@ class Prototype(nn.Module, Guide):
         hidden, middle = self.widths
         return {"hidden": hidden, "middle": middle, "steps": self.steps}
 
+    def fit_size(self, items: int) -> int:
+        return self.BATCH * (self.steps or self.MOST)
+
     def setup(self, facts: TrainFacts) -> None:
         """Draw the weights, uniform within 1 / sqrt(inputs) as ``nn.Linear`` does, from the seed alone."""
         sizes = self._layers(facts.classes, facts.bits)

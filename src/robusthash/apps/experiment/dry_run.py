@@ -55,8 +55,8 @@ from robusthash.objectives.base import HashObjective
 from robusthash.training.loop import fit
 from robusthash.training.recipe import Recipe
 
-_FIT_STEPS = 20  # of an attack that learns
-_MOST_FIT_STEPS = 30_000  # that it takes at most
+# What an attack is timed with, where it has such an option.
+_LEAST = {"restarts": 1, "fit_steps": 20, "epochs": 1, "generator_epochs": 1}
 
 
 @dataclass(frozen=True)
@@ -329,11 +329,11 @@ class _Timings:
         score_attack(context, attack, attacked)
         search, took, blocks = float(attacked.seconds.sum()), seconds(), query_count / queries
         steps = full.search.steps * full.restarts / (attack.search.steps * attack.restarts)
-        fitted, rest = int(attacked.fitted.max()), took - search
-        if fitted:
-            most = settings.get("fit_steps") or _MOST_FIT_STEPS
-            words = f"{fitted} of at most {most} steps on {known} items"
-            self.parts.append(Part(f"fitting {name}", words, rest, rest * most / fitted))
+        rest = took - search
+        if attacked.fitted.max():
+            whole = full.guide.fit_size(self.whole["train"]) / attack.guide.fit_size(known)
+            words = f"one of at most {math.ceil(whole):,} parts, on {known} items"
+            self.parts.append(Part(f"fitting {name}", words, rest, rest * whole))
             rest = 0.0
         words = f"{attack.search.steps} of {full.search.steps} steps on {queries} queries"
         self.parts.append(Part(name, words, search + rest, (search * steps + rest) * blocks))
@@ -342,8 +342,7 @@ class _Timings:
 def _short(settings: dict[str, Any], objective: HashObjective) -> Attack:
     """The attack with as few steps as it takes."""
     accepted = inspect.signature(check("attack", settings)[0].make).parameters
-    fewer = {"fit_steps": _FIT_STEPS} if "fit_steps" in accepted else {}
-    fewer |= {"restarts": 1} if "restarts" in accepted else {}
+    fewer = {name: least for name, least in _LEAST.items() if name in accepted}
     for steps in (1, 2) if "steps" in accepted else ():
         try:
             attack: Attack = build("attack", {**settings, **fewer, "steps": steps}, objective=objective)
