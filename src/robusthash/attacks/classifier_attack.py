@@ -78,7 +78,15 @@ class Classification(Loss):
         return -classification(probe.outputs["image"].logits, probe.goal.labels, guidance.exclusive)
 
 
-@register("attack", "classifier", paper=_PAPER, evidence="paper", modality="image", published={"steps": 10})
+@register(
+    "attack",
+    "classifier",
+    paper=_PAPER,
+    evidence="paper",
+    modality="image",
+    state="measured",
+    published={"steps": 10},
+)
 def classifier(
     eps: float | None = None,
     steps: int = 10,

@@ -182,6 +182,7 @@ class KnockoffTraining:
     evidence="paper+code",
     modality="image",
     supervised=False,
+    state="measured",
     published={"generator_epochs": 100, "width": 64, "rate": 1e-4},
 )
 def eqb2a(

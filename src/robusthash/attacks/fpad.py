@@ -90,7 +90,7 @@ class FuzzyPrototype(Prototype):
             return Guidance(sign(self.mixed(goal.labels, shares)))
 
 
-@register("attack", "fpad", paper="Yu et al., TCSVT 2025", evidence="reconstruction")
+@register("attack", "fpad", paper="Yu et al., TCSVT 2025", evidence="reconstruction", state="measured")
 def fpad(
     eps: float | None = None,
     steps: int = 100,

@@ -72,7 +72,9 @@ class NoiseInduced(Search):
         return SearchResult(x, torch.stack(trace), 2 * self.steps + extra, 2 * self.steps)
 
 
-@register("attack", "nag", paper=_PAPER, evidence="paper+code", modality="image", targeted=True)
+@register(
+    "attack", "nag", paper=_PAPER, evidence="paper+code", modality="image", targeted=True, state="measured"
+)
 def nag(
     eps: float | None = None, steps: int = 32, step_size: float = 1 / 255, radius: float = 32 / 255
 ) -> Attack:

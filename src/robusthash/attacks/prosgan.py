@@ -329,6 +329,7 @@ def generator_attack(
     evidence="paper+code",
     modality="image",
     targeted=True,
+    state="measured",
     published={"epochs": 100, "width": 64, "hidden": 4096, "fit_steps": 30_000, "rate": 1e-4},
 )
 def pros_gan(

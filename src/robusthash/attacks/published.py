@@ -110,9 +110,9 @@ def sdha(
     "attack",
     "sdha-targeted",
     paper="Lu et al., ICMR 2021",
-    evidence="paper+code",
     targeted=True,
     published={"steps": 1500},
+    **CODE,
 )
 def sdha_targeted(
     eps: float | None = None,

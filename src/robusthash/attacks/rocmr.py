@@ -50,7 +50,7 @@ class InfoNCE(Loss):
             return -info_nce(scores, guidance.weights > 0, guidance.weights < 0)
 
 
-@register("attack", "rocmr", paper="Zhang et al., IJCNN 2022", evidence="reconstruction")
+@register("attack", "rocmr", paper="Zhang et al., IJCNN 2022", evidence="reconstruction", state="measured")
 def rocmr(
     eps: float | None = None,
     steps: int = 3,

@@ -94,7 +94,7 @@ def solved_map(class_codes: Tensor, codes: Sequence[Tensor], labels: Tensor) -> 
     return result
 
 
-@register("objective", "agah", paper=_PAPER, evidence="paper+code")
+@register("objective", "agah", paper=_PAPER, evidence="paper+code", state="measured")
 class AGAH(CrossModalObjective):
     """AGAH: adversary-guided asymmetric hashing, for hashers whose encoders are ``agah``.
 

@@ -37,7 +37,7 @@ def spread_codes(classes: int, bits: int, steps: int, hidden: int, draws: Draws)
         return sign(net(eye))
 
 
-@register("objective", "dcph", paper="Tu et al., IEEE TKDE 2023", evidence="reconstruction")
+@register("objective", "dcph", paper="Tu et al., IEEE TKDE 2023", evidence="reconstruction", state="measured")
 class DCPH(HashObjective):
     """DCPH: deep cross-modal proxy hashing. A reconstruction: no code was found, and its paper was not at
     hand.

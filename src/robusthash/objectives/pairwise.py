@@ -106,7 +106,7 @@ class DPSH(PairLikelihood):
         return self.eta * quantisation(output)
 
 
-@register("objective", "hashnet", paper="Cao et al., ICCV 2017", evidence="paper+code")
+@register("objective", "hashnet", paper="Cao et al., ICCV 2017", evidence="paper+code", state="measured")
 class HashNet(HashObjective):
     """HashNet: balanced pair likelihood with a tanh that steepens as training goes on.
 

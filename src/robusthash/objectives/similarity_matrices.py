@@ -69,7 +69,14 @@ class _Sloped(MatrixReconstruction):
         self.epochs += 1
 
 
-@register("objective", "djsrh", paper="Su, Zhong & Zhang, ICCV 2019", evidence="paper+code", supervised=False)
+@register(
+    "objective",
+    "djsrh",
+    paper="Su, Zhong & Zhang, ICCV 2019",
+    evidence="paper+code",
+    supervised=False,
+    state="measured",
+)
 class DJSRH(_Sloped):
     """DJSRH: the joint-semantics matrix of both modalities, rebuilt within and across them. Unsupervised.
 
@@ -114,7 +121,14 @@ class DJSRH(_Sloped):
         return {"similarity": squared(crossed, target)}
 
 
-@register("objective", "jdsh", paper="Liu et al., SIGIR 2020", evidence="paper+code", supervised=False)
+@register(
+    "objective",
+    "jdsh",
+    paper="Liu et al., SIGIR 2020",
+    evidence="paper+code",
+    supervised=False,
+    state="measured",
+)
 class JDSH(_Sloped):
     """JDSH: a joint-modal matrix whose far ends are stretched by its distribution. Unsupervised.
 

@@ -33,7 +33,7 @@ class LabelNet(nn.Module):
         return HashOutput(logits, logits.tanh(), features)
 
 
-@register("objective", "ssah", paper="Li et al., CVPR 2018", evidence="paper+code")
+@register("objective", "ssah", paper="Li et al., CVPR 2018", evidence="paper+code", state="measured")
 class SSAH(CrossLikelihood):
     """SSAH: self-supervised adversarial hashing; a label net is the third modality.
 

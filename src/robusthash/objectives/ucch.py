@@ -22,7 +22,14 @@ def ranking(cosines: Tensor, margin: float, shift: float) -> Tensor:
     return (torch.logsumexp(torch.where(hard, cosines, cosines - shift), 1) - own).mean() + margin
 
 
-@register("objective", "ucch", paper="Hu et al., TPAMI 2023", evidence="paper+code", supervised=False)
+@register(
+    "objective",
+    "ucch",
+    paper="Hu et al., TPAMI 2023",
+    evidence="paper+code",
+    supervised=False,
+    state="measured",
+)
 class UCCH(Unsupervised):
     """UCCH: unsupervised contrastive cross-modal hashing. It needs neither labels nor fixed features.
 
