@@ -1,6 +1,6 @@
 """Table of docs/methods/attacks.md: every registered attack, what it knows and asks, a measured row.
 
-Measured rows are of the first kept run that was attacked so: ``VICTIMS`` in their order, then others by name.
+Measured rows are of the first kept recipe that was attacked so: ``VICTIMS`` in their order, then by name.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from robusthash.apps.experiment.run_directory import load_run
+from robusthash.apps.experiment.tables import cell_of, read_seeds
 from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build, catalogue
@@ -43,24 +43,27 @@ def row(card: Any, measured: dict[str, str]) -> list[str]:
 
 
 def measured_rows() -> dict[str, str]:
-    """By attack, the clean and attacked value of a kept run, and passes forward and back of a query."""
+    """By attack, the clean and attacked value of a kept recipe over its seeds, and the passes of a query."""
     found: dict[str, str] = {}
     others = sorted({file.parents[1].name for file in RESULTS.glob("*/*/metrics.json")} - {*VICTIMS})
     for victim in (*VICTIMS, *others):
-        for file in sorted((RESULTS / victim).glob("*/metrics.json")):
-            results = load_run(file.parent).evaluated()
-            for name, result in results.items():
-                attack = name.removeprefix("I2T ")
-                clean = results.get(f"{name.removesuffix(attack)}clean")
-                if clean is not None and " " not in attack and attack not in ("clean", "worst"):
-                    found.setdefault(attack, _words(victim, clean, result))
+        runs = [file.parent for file in sorted((RESULTS / victim).glob("*/metrics.json"))]
+        first = next(iter(read_seeds(runs).values()), ()) if runs else ()
+        for name in first[0].evaluated if first else ():
+            attack = name.removeprefix("I2T ")
+            if " " not in attack and attack not in ("clean", "worst") and attack not in found:
+                results = [seed.evaluated[name] for seed in first if name in seed.evaluated]
+                before = [seed.clean[results[0].scored_on] for seed in first]
+                found[attack] = _words(victim, before, results)
     return found
 
 
-def _words(victim: str, clean: EvalResult, result: EvalResult) -> str:
-    measure, queries = headline_of(result), len(next(iter(result.per_query.values())))
-    started = clean.values.get(measure)
-    before = "" if started is None else f"{started:.3f} to "
-    chance = f"chance {result.reference['chance']:.3f}"
+def _words(victim: str, clean: list[EvalResult], results: list[EvalResult]) -> str:
+    """``name (3 seeds): MAP 0.545 to 0.270 (0.245-0.296), chance 0.052 (20 + 20)``."""
+    result, measure = results[0], headline_of(results[0])
+    started = f"{cell_of(clean, measure).value:.3f} to " if measure in clean[0].per_query else ""
+    queries = len(next(iter(result.per_query.values())))
     passes = f"{result.cost.forward / queries:,.0f} + {result.cost.backward / queries:,.0f}"
-    return f"{victim}: {measure} {before}{result[measure]:.3f}, {chance} ({passes})"
+    seeds = "1 seed" if len(results) == 1 else f"{len(results)} seeds"
+    reached = f"{measure} {started}{cell_of(results).text()}, chance {result.reference['chance']:.3f}"
+    return f"{victim} ({seeds}): {reached} ({passes})"

@@ -366,7 +366,14 @@ def open_run(
         accept(run)
     if not (path / "environment.json").is_file():
         threads, started = torch.get_num_threads(), time.strftime("%F %T")
-        environment = {"versions": software_versions(), "threads": threads, "started": started}
+        # numbers are the same on processors with the same vector instructions alone
+        vectors = torch.backends.cpu.get_cpu_capability()
+        environment = {
+            "versions": software_versions(),
+            "threads": threads,
+            "started": started,
+            "cpu": vectors,
+        }
         environment |= {"command": command} if (command := command_line()) else {}
         named = {name: str(other.resolve()) for name, other in (origin or {}).items()}
         write_json(path / "environment.json", {**environment, **named})

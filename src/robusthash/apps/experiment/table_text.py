@@ -57,15 +57,20 @@ def _side_columns(
 ) -> tuple[list[str], list[list[str]]]:
     """Titles and lines of the columns next to the results: chance, training minutes and seeds."""
     signed = any(cell.signed for row in rows for cell in row.cells.values())
-    scored = {row.scored[column] for row in rows for column in columns if column in row.scored}
-    chances = [scored_on for scored_on in rows[0].chance if scored_on in scored and not signed]
+    shown = {(row.scored[c], c in row.target_chance): c for row in rows for c in columns if c in row.scored}
+    chances = [on for on in rows[0].chance if (on, False) in shown and not signed]
+    targets = {on: column for (on, aimed), column in shown.items() if aimed and not signed}
     minutes = [] if signed else ["training minutes"]
     lines = []
     for row in rows:
-        cells = [f"{row.chance[name]:.{digits}f}" if name in row.chance else "-" for name in chances]
+        known = [row.chance.get(on) for on in chances] + [row.target_chance.get(c) for c in targets.values()]
+        cells = ["-" if value is None else f"{value:.{digits}f}" for value in known]
         cells += [f"{row.minutes:.1f}"] * len(minutes)
         lines.append([*cells, str(max((cell.seeds for cell in row.cells.values()), default=0))])
-    return [*(f"chance {name}".strip() for name in chances), *minutes, "seeds"], lines
+    titles = [f"chance {on}".strip() for on in chances] + [
+        f"chance {on} t-MAP".replace("  ", " ") for on in targets
+    ]
+    return [*titles, *minutes, "seeds"], lines
 
 
 def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[str]:

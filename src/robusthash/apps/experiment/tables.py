@@ -61,7 +61,8 @@ class Column:
 class TableRow:
     """One recipe: its cells by the title of their column, and training minutes.
 
-    ``chance`` is by direction and relevance ("" where a run has one alone), ``scored`` gives them by cell.
+    ``chance`` is by direction and relevance ("" where a run has one alone), ``scored`` gives them by cell;
+    ``target_chance`` is that of t-MAP, by the columns of targeted attacks.
     ``attacked`` has threat, attacks and budget of every cell; "" of clean queries. ``empty`` says, by
     direction and relevance, how many queries have no relevant item, where there are any. ``not_run`` are
     columns of results that none of its runs has.
@@ -71,6 +72,7 @@ class TableRow:
     cells: dict[str, Cell]
     minutes: float
     chance: dict[str, float]
+    target_chance: dict[str, float]
     scored: dict[str, str]
     attacked: dict[str, str]
     empty: dict[str, str]
@@ -216,11 +218,18 @@ def _row(
         {column.title: cell for column, (cell, _) in cells.items()},
         sum(seed.run.card()["seconds"] for seed in seeds) / len(seeds) / 60,
         {scored_on: clean.reference["chance"] for scored_on, clean in seeds[0].clean.items()},
+        {c.title: result.reference["chance"] for c, (_, result) in cells.items() if aims(c, result)},
         {column.title: result.scored_on for column, (_, result) in cells.items()},
         {column.title: _attack_of(result) for column, (_, result) in cells.items()},
         {on: text for on, clean in seeds[0].clean.items() if (text := empty_note(clean))},
         not_run,
     )
+
+
+def aims(column: Column, result: EvalResult) -> bool:
+    """Whether a column shows what a targeted attack reached, whose chance is that of the target labels."""
+    target = result.setting.key.name("targeted")
+    return headline_of(result) == target and (column.measure or target).startswith("t-")
 
 
 def _of_all(seeds: Sequence[Seed], column: Column) -> list[EvalResult]:

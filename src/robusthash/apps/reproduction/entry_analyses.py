@@ -79,7 +79,7 @@ def _cell(of_seeds: Sequence[Tensor]) -> str:
 
 
 def draw_analysis(plan: EntryPlan, stored: Stored, out: Path) -> list[Path]:
-    """Figures of the first seed, as far as its runs hold what they show."""
+    """Figures as far as runs hold what they show: bands and epochs of the first seed, transfer the mean."""
     from robusthash.apps.experiment.attribution_run import ATTRIBUTION, load_attributions
     from robusthash.apps.reports.figures import draw_bands, draw_log, draw_transfer_file
 
@@ -92,18 +92,27 @@ def draw_analysis(plan: EntryPlan, stored: Stored, out: Path) -> list[Path]:
         maps = {row: next(iter(load_attributions(f).values())) for row, f in files.items() if f.is_file()}
         return draw_bands(maps, out) if maps else []
     if plan.entry.analysis == "transfer" and first:
-        write_text(out / "transfer.json", json.dumps(_matrix(first, stored)))
+        write_text(out / "transfer.json", json.dumps(_matrix(plan, stored)))
         return draw_transfer_file(out / "transfer.json", out)
     return []
 
 
-def _matrix(runs: Mapping[str, Run], stored: Stored) -> dict[str, object]:
-    """The transfer matrix of runs by row, as the figure takes it."""
-    columns = [stored.analysis(run, "transfer") for run in runs.values()]
-    sources = list(dict.fromkeys(n for c in columns for n in c if n.startswith("from ")))
-    attacked = [[float(c[n].nanmean()) if n in c else None for c in columns] for n in sources]
+def _matrix(plan: EntryPlan, stored: Stored) -> dict[str, object]:
+    """The transfer matrix of the rows, the mean over seeds, as the figure takes it."""
+    columns: dict[str, list[Mapping[str, Tensor]]] = {}
+    for run in distinct(plan.runs):
+        if run.stored is not None:
+            columns.setdefault(run.row, []).append(stored.analysis(run.stored, "transfer"))
+    every = [values for seeds in columns.values() for values in seeds]
+    sources = list(dict.fromkeys(name for values in every for name in values if name.startswith("from ")))
+    attacked = [[_mean(seeds, name) for seeds in columns.values()] for name in sources]
     names = [name.removeprefix("from ") for name in sources]
-    return {"surrogates": names, "victims": [*runs], "attacked": attacked, "measure": "MAP"}
+    return {"surrogates": names, "victims": [*columns], "attacked": attacked, "measure": "MAP"}
+
+
+def _mean(seeds: Sequence[Mapping[str, Tensor]], name: str) -> float | None:
+    found = [float(values[name].nanmean()) for values in seeds if name in values]
+    return sum(found) / len(found) if found else None
 
 
 def seeds_to_analyse(plan: EntryPlan) -> list[list[Planned]]:

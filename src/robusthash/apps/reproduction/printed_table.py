@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from robusthash.apps.experiment.tables import Cell, Column, Seed, cell_of, read_seeds
+from robusthash.apps.experiment.tables import Cell, Column, Seed, aims, cell_of, read_seeds
 from robusthash.apps.reports.cell_text import csv_cell, latex_table, markdown_cell, markdown_table
 from robusthash.apps.reproduction.entry_runs import EntryPlan
 from robusthash.apps.reproduction.paper_entries import BlockSpec
@@ -64,11 +64,22 @@ def _block(plan: EntryPlan, block: BlockSpec, unit: float) -> TableBlock:
         cells = {title: cell for title, cell in known.items() if cell is not None}
         printed = _printed(plan, block.beside, row, unit)
         lines.append(Line(row, cells, printed, len(seeds), plan.missing.get((block.title, row), "")))
-    chance = {on: clean.reference["chance"] for seed in read[:1] for on, clean in seed.clean.items()}
     used = {title for line in lines for title in line.cells}
-    scored = {c.result.rpartition(" ")[0] for t, c in plan.columns.items() if c and t in used}
-    chance = {on: value for on, value in chance.items() if not on or any(s.startswith(on) for s in scored)}
-    return TableBlock(block.title, block.beside, tuple(plan.columns), tuple(lines), chance)
+    shown = [column for title, column in plan.columns.items() if column and title in used]
+    return TableBlock(block.title, block.beside, tuple(plan.columns), tuple(lines), _chance(read, shown))
+
+
+def _chance(read: Sequence[Seed], columns: Sequence[Column]) -> dict[str, float]:
+    """Chance of the columns by direction and relevance; that of t-MAP apart."""
+    chance = {}
+    for column in columns:
+        seed = next((seed for seed in read if column.result in seed.results), None)
+        result = seed.results[column.result] if seed else None
+        if seed and result and aims(column, result):
+            chance[f"{result.scored_on} t-MAP".strip()] = result.reference["chance"]
+        elif seed and result and result.scored_on in seed.clean:
+            chance[result.scored_on] = seed.clean[result.scored_on].reference["chance"]
+    return chance
 
 
 def _printed(plan: EntryPlan, beside: str, row: str, unit: float) -> dict[str, float]:
