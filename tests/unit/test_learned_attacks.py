@@ -25,6 +25,7 @@ from robusthash.attacks.generator_training import GeneratorFile, read
 from robusthash.attacks.losses import SDHATargetedLoss
 from robusthash.attacks.nag import NoiseInduced
 from robusthash.core.hamming import sign
+from robusthash.core.identity import identity
 from robusthash.core.types import Batch, Goal, Guidance, Reference
 from robusthash.data import RetrievalData
 from robusthash.evaluation.context import EvaluationContext, make_context
@@ -222,6 +223,39 @@ def test_a_generator_of_another_victim_is_refused_or_transferred(world, tmp_path
         make_attack("pros-gan", world.objective, generator=str(tmp_path / "none"), transfer=True)
 
 
+def test_a_transferred_generator_is_known_by_its_nets(world, tmp_path):
+    files = [str(tmp_path / name) for name in ("a.pt", "b.pt")]
+    for epochs, file in enumerate(files, 1):
+        world.fitted(make_attack("pros-gan", world.objective, epochs=epochs, bounded=False, generator=file))
+    carried = [make_attack("pros-gan", world.objective, generator=file, transfer=True) for file in files]
+    assert identity(carried[0].settings()) != identity(carried[1].settings())
+    assert not carried[0].guide.bounded, "it paints images, as it was trained to"
+
+
+def test_a_generator_that_is_not_trained_to_its_end_is_not_transferred(world, tmp_path, monkeypatch):
+    file, write = tmp_path / "generator.pt", GeneratorFile.write
+
+    def killed(self: GeneratorFile, parts: dict[str, Any], epoch: int) -> None:
+        write(self, parts, epoch)
+        raise Interrupted
+
+    monkeypatch.setattr(GeneratorFile, "write", killed)
+    with pytest.raises(Interrupted):
+        world.fitted(make_attack("pros-gan", world.objective, epochs=3, generator=str(file)))
+    other = replace(world, victim=trained_hasher(world.data, epochs=2))
+    with pytest.raises(ValueError, match="holds epoch 1 of 3, its training was stopped"):
+        other.fitted(make_attack("pros-gan", world.objective, generator=str(file), transfer=True))
+
+
+@pytest.mark.parametrize("header", [{}, 3, {"victim": "a"}])
+def test_a_file_with_another_header_is_no_generator(world, tmp_path, header):
+    torch.save({"header": header, "epoch": 1, "state": {}}, tmp_path / "generator.pt")
+    with pytest.raises(ValueError, match="is no file of a generator"):
+        make_attack("pros-gan", world.objective, generator=str(tmp_path / "generator.pt"), transfer=True)
+    with pytest.raises(ValueError, match="is no file in a folder that exists"):
+        make_attack("pros-gan", world.objective, generator=str(tmp_path))
+
+
 def test_bad_input_is_named(world):
     with pytest.raises(ValueError, match="has no texts; take pros-gan"):
         world.fitted(make_attack("ta-dch", world.objective))
@@ -230,6 +264,10 @@ def test_bad_input_is_named(world):
     for name in ("aach", "eqb2a"):
         with pytest.raises(ValueError, match="at least 2 oracle queries, got 0"):
             world.fitted(make_attack(name, world.objective, questions=0))
+    with pytest.raises(ValueError, match="width and generator_epochs from 1, got 0, 1"):
+        make_attack("eqb2a", world.objective, width=0)
+    with pytest.raises(ValueError, match="width and grid must be at least 1, got 0 and 2"):
+        world.fitted(make_attack("aach", world.objective, encoder={"name": "small", "width": 0}))
     with pytest.raises(ValueError, match="epochs and batch must be at least 1, got 0"):
         make_attack("pros-gan", world.objective, epochs=0)
     with pytest.raises(ValueError, match=r"call attack\.fit"):

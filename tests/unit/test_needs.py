@@ -52,6 +52,9 @@ REFUSED: list[tuple[Settings, Settings, str]] = [
     ("cgat", {"name": "dsarh", "mode": "literal_sign"}, "Similarity"),
     ({"name": "sfcl", "wrong": "target"}, "mainstay", "labels that a targeted inner attack aims at"),
     ("sfcl", {"name": "mainstay", "modality": "text"}, "needs attacked images"),
+    ("pgd-at", "pros-gan", "learns once for a finished victim"),
+    ("pgd-at", "aach", "learns once for a finished victim"),
+    ("saat", {"name": "mainstay", "eps": 0}, "its eps is 0"),
 ]
 FITTING: list[tuple[Settings, Settings]] = [
     ("saat", "mainstay"),

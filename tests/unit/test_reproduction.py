@@ -347,6 +347,7 @@ def test_a_verdict_is_computed_from_paired_intervals(
     assert judge(one_choice, recipes, stored).verdict == "open"
     missing = judge(claim(clone, "above", first="tiny: nothing"), recipes, stored)
     assert (missing.verdict, missing.reason) == ("open", "not run")
+    assert missing.plain()["findings"][0]["means"] is None, "JSON has no NaN"
 
 
 def test_sides_within_two_hundredths_are_level(

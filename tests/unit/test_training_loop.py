@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import Interrupted, MemoryLog, make_data, small_hasher, train_config
 
-from robusthash.objectives import CSQ
+from robusthash.objectives import CSQ, DPSH
 from robusthash.training import HashingRecipe, OptimConfig, TrainConfig, fit
 
 
@@ -96,6 +96,16 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_from_its_epoch(
         {key: value for key, value in log.lines[-1].items() if key != "seconds"} for log in (whole, stopped)
     ]
     assert last[0] == last[1]
+
+
+def test_training_items_without_any_label_are_refused_by_what_learns_from_labels() -> None:
+    data = make_data()
+    assert data.train.labels is not None
+    bare = replace(data, train=replace(data.train, labels=torch.zeros_like(data.train.labels)))
+    with pytest.raises(
+        ValueError, match=r"DPSH learns from labels, and none of the \d+ training items has one"
+    ):
+        fit(HashingRecipe(small_hasher(), DPSH()), bare, train_config(epochs=1))
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

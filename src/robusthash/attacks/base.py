@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -88,6 +89,7 @@ class Guide(Checked, ABC):
     fit_steps: int = 0  # that the last fit took
     fit_queries: int = 0  # oracle queries to the victim that it took
     fit_items: int = 0  # training items that it saw
+    file: Path | None = None  # where what it learned is kept, if one is named
 
     @abstractmethod
     def __call__(

@@ -66,6 +66,11 @@ class Knockoff(Substituted):
     eps: float = field(default=8 / 255, compare=False)
     nets: nn.ModuleDict | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.width, self.generator_epochs) < 1:
+            raise ValueError(f"width and generator_epochs from 1, got {self.width}, {self.generator_epochs}")
+
     def under(self, threat: Threat) -> Knockoff:
         return replace(self, eps=threat.balls["image"].eps)
 

@@ -206,7 +206,10 @@ def read(path: Path) -> dict[str, Any]:
         )
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        assert {"header", "epoch", "state"} <= set(stored)
+        kept = {"victim", "bits", "image", "labels", "eps", "train", "options", "epochs", "bounded"}
+        assert kept <= set(stored["header"])
+        assert {"nets", "critic", "g", "d"} <= set(stored["state"])
+        assert stored["epoch"] == int(stored["epoch"])
     except Exception as error:
         raise ValueError(f"{path} is no file of a generator; delete it, or name another") from error
     return stored

@@ -28,6 +28,7 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws, show_progress
 from robusthash.core.types import Batch, Goal, Guidance, HashOutput, Inputs, Reference
 from robusthash.data.base import RetrievalData
+from robusthash.models.encoding import state_digest
 from robusthash.models.hasher import Hasher
 
 
@@ -91,7 +92,7 @@ class TargetGenerator(Guide):
         bounded: the generator gives a change of at most eps; else an image, as published, that the evaluator
             projects.
         file: where the generator is kept, and trained on after a stop; in memory alone without it.
-        source: of a transferred generator its ``generator_key``; "" for the victim's own.
+        source: of a transferred generator the digest of its nets; "" for the victim's own.
     """
 
     epochs: int = 20
@@ -185,7 +186,11 @@ class TargetGenerator(Guide):
         expected = generator_key(victim, data, self.eps)
         if self.file is not None and self.file.is_file():
             _same(self.file, read(self.file)["header"], expected)
-        own = {"options": str(replace(self, eps=0.0, file=None))}
+        own = {
+            "options": str(replace(self, eps=0.0, file=None)),
+            "bounded": self.bounded,
+            "epochs": self.epochs,
+        }
         file = None if self.file is None else GeneratorFile(self.file, {**expected, **own})
         codes, code_labels, _ = known(reference, Goal(labels, 1))
         training = TargetedTraining(guide, codes, code_labels, draws)
@@ -213,6 +218,11 @@ class TargetGenerator(Guide):
         assert self.file is not None
         stored, here = read(self.file), generator_key(victim, data, self.eps)
         header = stored["header"]
+        if stored["epoch"] < header["epochs"]:
+            raise ValueError(
+                f"{self.file} holds epoch {stored['epoch']} of {header['epochs']}, its training was stopped; "
+                "go on with the evaluation of its own victim that began it, then transfer it"
+            )
         if header["victim"] == here["victim"]:
             raise ValueError(f"{self.file} was trained for this very victim; leave out transfer")
         for key in ("image", "labels", "eps"):
@@ -315,9 +325,15 @@ def generator_attack(
         raise ValueError("transfer: true needs the file of a generator that was trained on another model")
     loss: Loss = Agreement()
     file = None if generator is None else Path(generator)
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(f"generator {generator!r} is no file in a folder that exists; name one, as gen.pt")
     if transfer and file is not None:
-        header = read(file)["header"]
-        guide, name = replace(guide, source=header["victim"]), f"{name} from {header['victim'][:8]}"
+        stored = read(file)
+        header, source = stored["header"], state_digest(stored["state"]["nets"])
+        guide = replace(
+            guide, source=source, bounded=header["bounded"]
+        )  # as it was trained, whatever is said
+        name = f"{name} from {header['victim'][:8]}"
     threat = image_threat(8 / 255 if eps is None else eps, knowledge="T" if transfer else "W1")
     return Attack(name, replace(guide, file=file), loss, Generated(), threat, targeted=True)
 

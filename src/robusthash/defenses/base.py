@@ -92,18 +92,27 @@ def check_needs(attack: Attack, outer: OuterLoss, objective: HashObjective) -> N
     """
     if not isinstance(outer, OuterLoss):
         raise ValueError(f"an outer loss is an OuterLoss (defenses.base), got a {type(outer).__name__}")
-    reason = outer.needs.unmet(attack)
+    reason = _unmet(outer, attack)
     if not reason:
         return
     attacked = set(attack.threat.balls)
-    attacks = _registered("attack", attacked, lambda other: not outer.needs.unmet(other), objective=objective)
-    outers = _registered("outer", attacked, lambda other: not other.needs.unmet(attack))
+    attacks = _registered("attack", attacked, lambda other: not _unmet(outer, other), objective=objective)
+    outers = _registered("outer", attacked, lambda other: not _unmet(other, attack))
     name = next((card.name for card in catalogue("outer") if card.make is type(outer)), type(outer).__name__)
     raise ValueError(
         f"the inner attack {attack.name!r} does not fit the outer loss {name!r}: {reason}. "
         f"Attacks that fit {name!r}: {', '.join(attacks) or 'none'}; "
         f"losses that fit {attack.name!r}: {', '.join(outers) or 'none'}"
     )
+
+
+def _unmet(outer: OuterLoss, attack: Attack) -> str:
+    """Why an attack cannot be the inner attack of an outer loss; "" where it can."""
+    if attack.guide.learns and not hasattr(attack.guide, "terms"):
+        return "it learns once for a finished victim, and the victim of training changes with each step"
+    if not any(ball.eps for ball in attack.threat.balls.values()):
+        return "its eps is 0, so that nothing would be attacked"
+    return outer.needs.unmet(attack)
 
 
 def _registered(kind: str, attacked: set[str], fits: Callable[[Any], bool], **context: Any) -> list[str]:

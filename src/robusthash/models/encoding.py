@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,7 +131,11 @@ def _searched(rows: Tensor, victim: Hasher, origin: str = "") -> Searched:
 
 def weights_digest(model: nn.Module) -> str:
     """16 hex digits of every parameter and buffer; ``"none"`` of a model that holds none."""
-    state = model.state_dict()
+    return state_digest(model.state_dict())
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """``weights_digest`` of the state of a model."""
     if not state:
         return "none"
     digest = hashlib.sha256()

@@ -96,6 +96,8 @@ def small(width: int = 32, grid: int = 2) -> ImageEncoder:
 
     The last map is pooled to ``grid`` x ``grid``, so any input size gives D = 4 * width * grid^2.
     """
+    if min(width, grid) < 1:
+        raise ValueError(f"width and grid must be at least 1, got {width} and {grid}")
     trunk = nn.Sequential(
         # the only layer at full resolution strides, since it would cost more than all others together
         nn.Conv2d(3, width, 4, stride=2, padding=1, bias=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -159,7 +160,7 @@ def check_numbers(false_alarms: float, weights: Sequence[float]) -> None:
     """Raise ValueError for numbers that ``detect`` refuses whatever the data are."""
     if not 0.0 < false_alarms < 1.0:
         raise ValueError(f"a false-alarm rate is a share between 0 and 1, got {false_alarms:g}")
-    if not weights or min(weights) <= 0.0:
+    if not weights or not all(0.0 < weight < math.inf for weight in weights):
         raise ValueError(f"weights of the detector in the attack's loss are positive, got {list(weights)}")
 
 

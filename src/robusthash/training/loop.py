@@ -21,7 +21,7 @@ from robusthash.models.hasher import Hasher
 from robusthash.training.data_parallel import average_buffers, divided_among_processes, reduce_gradients
 from robusthash.training.least_batch import least_batch
 from robusthash.training.optimiser_groups import Group, check_shapes, divided
-from robusthash.training.recipe import FIGURES, Moment, Recipe
+from robusthash.training.recipe import FIGURES, Moment, Recipe, check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -247,6 +247,7 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
     data = recipe.enlarged(data)
     with divided_among_processes(recipe.hasher):
         recipe.setup(data, config.seed, config.batch_size)
+        check_labels(recipe, data)
         lines = _train(recipe, data, config, device, run)
     recipe.hasher.freeze([])
     recipe.hasher.eval()

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from robusthash.core.registry import register
+from robusthash.core.registry import card_of, register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, LossTerms, Outputs
 from robusthash.data.base import RetrievalData, Split, batches
@@ -97,6 +97,17 @@ def train_facts(split: Split, hasher: Hasher, seed: int) -> TrainFacts:
     return TrainFacts(
         len(split), hasher.bits, split.labels, seed, share, widths, aux, split, dict(hasher.encoders)
     )
+
+
+def check_labels(recipe: Recipe, data: RetrievalData) -> None:
+    """Refuse training items of which none has a label, where the recipe learns from labels."""
+    objective, card, labels = recipe.modules().get("objective"), card_of(type(recipe)), data.train.labels
+    needed = isinstance(objective, HashObjective) and objective.supervised and (not card or card.supervised)
+    if needed and labels is not None and not (labels > 0).any():
+        raise ValueError(
+            f"{type(objective).__name__} learns from labels, and none of the {len(labels)} training items "
+            "has one; label some, or take an objective without labels (robusthash list objective)"
+        )
 
 
 def check_modalities(hasher: Hasher, data: RetrievalData) -> None:

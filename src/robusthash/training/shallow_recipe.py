@@ -151,6 +151,8 @@ def shallow_hasher(
         >>> hasher = shallow_hasher("itq", {"image": vectors}, bits=16)
         >>> hasher({"image": torch.from_numpy(others)})["image"].logits >= 0
     """
+    if bits < 1:
+        raise ValueError(f"bits must be at least 1, got {bits}")
     rows = {name: torch.as_tensor(values).float() for name, values in features.items()}
     for name, values in rows.items():
         if values.ndim != 2 or values.shape[1] < 1:

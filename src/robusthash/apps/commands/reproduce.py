@@ -89,6 +89,9 @@ def reproduce(
         return
     if trial.miniature or trial.batch is not None:
         raise ValueError("--miniature and --batch belong to a dry run: add --dry-run")
+    for path in filter(None, (files.markdown, files.latex, files.csv)):
+        if not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written: {path.parent} is no folder; make it first")
     if files.out is not None:
         from robusthash.apps.reports.charts import require_matplotlib
 

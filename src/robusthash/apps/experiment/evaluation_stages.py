@@ -272,9 +272,12 @@ def attacked_queries(
         described |= {"plugins": used} if (used := sources(settings)) else {}
         write_json(folder / "config.json", described)
     wait_for_others()
-    return attack_all(
+    attacked = attack_all(
         context, attack, context.victim.as_seen_from(view), progress, AttackFolder(folder), name
     )
+    if attack.guide.file is not None and not attack.guide.file.exists():
+        context.fitted(attack)  # all blocks were stored, so nothing had to learn what the file is to hold
+    return attacked
 
 
 def _evaluated_of(run: Run) -> str:

@@ -126,12 +126,12 @@ class Finding:
     reason: str = ""
     at: str = ""
     wanted: str = ""
-    means: tuple[float, float] = (math.nan, math.nan)
+    means: tuple[float, float] | None = None
     level: bool = False
 
     def text(self) -> str:
         """``mainstay to HAG: 0.504 against 0.515, -0.011 (-0.016 to -0.006), 3 seeds``."""
-        if self.difference is None:
+        if self.difference is None or self.means is None:
             return f"{self.what}: {self.reason}"
         low, _ = self.difference.interval
         value = self.difference.text() if low == low else f"{self.difference.value:+.3f}"
