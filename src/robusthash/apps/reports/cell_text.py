@@ -21,7 +21,9 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
 
 
-def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: Sequence[str] = ()) -> str:
+def latex_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], caption: Sequence[str] = (), label: str = ""
+) -> str:
     """A LaTeX ``tabular`` with the rules of the package ``booktabs``; in a ``table*`` where it has a caption.
 
     Intervals get the dash of ranges, and are set small.
@@ -30,7 +32,9 @@ def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: Seq
     start = f"\\begin{{tabular}}{{{'l' * len(head)}}}"
     body = [start, "\\toprule", title, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}"]
     if caption:
-        words = f"\\caption{{{' '.join(map(latex_cell, caption))}}}"
+        words = f"\\caption{{{' '.join(map(latex_cell, caption))}}}" + (
+            f"\\label{{tab:{label}}}" if label else ""
+        )
         body = ["\\begin{table*}", "\\centering\\footnotesize", words, *body, "\\end{table*}"]
     return "\n".join(body)
 
@@ -56,7 +60,7 @@ def markdown_cell(text: str) -> str:
 
 def latex_cell(text: str) -> str:
     """A text whose characters are no commands of LaTeX."""
-    return _one_line(text).translate(_TEX)
+    return _one_line(text).translate(_TEX).replace("--", "-{}-")  # two hyphens would be a dash
 
 
 def csv_cell(text: str) -> str:

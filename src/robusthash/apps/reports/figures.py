@@ -273,7 +273,7 @@ def draw_robust(runs: Mapping[str, Mapping[str, Mapping[int, EvalResult]]], out:
     return save(chart, out / "robust-curves")
 
 
-def draw_sweep(rows: Sequence[SweepRow], measure: str, out: Path) -> Drawn:
+def draw_sweep(rows: Sequence[SweepRow], measure: str, out: Path, chance: float | None = None) -> Drawn:
     """``sweep``: results over the first axis; a line for each result and setting of the other axes."""
     done = [row for row in rows if row.cells]
     if not done:
@@ -297,7 +297,9 @@ def draw_sweep(rows: Sequence[SweepRow], measure: str, out: Path) -> Drawn:
             low, high = zip(*ends, strict=True)
             series.append(Series(f"{name}, {setting}" if setting else name, x, y, low=low, high=high))
     across = ChartAxis(first, names=() if numeric else ticks)
-    return save(LineChart(series=series, x=across, y=ChartAxis(measure, from_zero=True)), out / "sweep")
+    line = None if chance is None else ("chance", chance)
+    chart = LineChart(series=series, x=across, y=ChartAxis(measure, from_zero=True), reference=line)
+    return save(chart, out / "sweep")
 
 
 def draw_transfer_file(path: Path, out: Path) -> Drawn:

@@ -134,7 +134,8 @@ class Finding:
         if self.difference is None or self.means is None:
             return f"{self.what}: {self.reason}"
         low, _ = self.difference.interval
-        value = self.difference.text() if low == low else f"{self.difference.value:+.3f}"
+        digits = 0 if abs(self.difference.value) >= 1000 else 3
+        value = self.difference.text(digits) if low == low else f"{self.difference.value:+.{digits}f}"
         value = value if abs(self.difference.value) >= _SMALL else f"{self.difference.value:+.1e}"
         seeds = "1 seed" if self.difference.seeds == 1 else f"{self.difference.seeds} seeds"
         first, second = map(_plain, self.means)

@@ -138,12 +138,13 @@ def markdown_blocks(blocks: Sequence[TableBlock]) -> str:
     return "\n\n".join(texts)
 
 
-def latex_blocks(blocks: Sequence[TableBlock], facts: Sequence[str]) -> str:
+def latex_blocks(blocks: Sequence[TableBlock], title: str, facts: Sequence[str], label: str) -> str:
     """A LaTeX ``table*`` a block, with the rules of the package ``booktabs``; ``facts`` end its caption."""
     texts = []
-    for block in blocks:
+    for number, block in enumerate(blocks, 1):
         head, *lines = _texts(block)
-        texts.append(latex_table(head, lines, [f"{block.title}{_below(block)}.", *facts]))
+        caption = [f"{title}. {block.title}{_below(block)}.", *facts]
+        texts.append(latex_table(head, lines, caption, label if number == 1 else f"{label}-{number}"))
     return "\n\n".join(texts)
 
 

@@ -96,7 +96,8 @@ class Reproduction:
 
     def latex(self) -> str:
         """Tables of LaTeX, with captions that say what differs."""
-        return latex_blocks(self.blocks, [f"{line}." for line in self.facts])
+        title = f"{self.paper.name}, {self.entry.title}, with 95 % intervals"
+        return latex_blocks(self.blocks, title, [f"{line}." for line in self.facts], self.entry.id)
 
     def csv(self) -> str:
         """One line a cell."""
@@ -270,12 +271,15 @@ def _draw_values(plan: EntryPlan, blocks: Sequence[TableBlock], out: Path) -> li
             paths = [run.stored.path for run in plan.runs if run.block == block.title and run.stored]
             drawn += draw_runs(list(dict.fromkeys(paths)), folder)[0] if paths else []
             continue
+        named = [(line, *line.name.rpartition(", ")[::2]) for line in block.lines]
+        several = len({of for _, of, _ in named}) > 1
         rows = []
-        for line in block.lines:
-            of, _, at = line.name.rpartition(", ")
-            values = {axis.setting: at.rpartition(" ")[2], "of": of}
+        for line, of, at in named:
+            values = {plan.entry.title: at.rpartition(" ")[2], **({"of": of} if several else {})}
             rows.append(SweepRow(values, line.cells, tuple(range(line.seeds)), 0))
-        drawn += draw_sweep(rows, ", ".join(block.columns), folder)
+        measures = dict.fromkeys(column.measure or "MAP" for column in plan.columns.values() if column)
+        chance = set(block.chance.values())
+        drawn += draw_sweep(rows, ", ".join(measures), folder, chance.pop() if len(chance) == 1 else None)
     return drawn
 
 
