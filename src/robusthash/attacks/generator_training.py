@@ -213,3 +213,21 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"{path} is no file of a generator; delete it, or name another") from error
     return stored
+
+
+def require_same(file: Path, header: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a generator that was trained for something else than ``expected``."""
+    if header["victim"] != expected["victim"]:
+        raise ValueError(
+            f"{file} was trained for another victim (weights {header['victim'][:8]}, {header['bits']} bits; "
+            f"here {expected['victim'][:8]}, {expected['bits']}): name another file to train one for it, "
+            "or say transfer: true to measure how it carries over"
+        )
+    for key in expected:
+        require_match(file, header, expected, key)
+
+
+def require_match(file: Path, header: dict[str, Any], expected: dict[str, Any], key: str) -> None:
+    """Refuse a generator that differs in one fact."""
+    if header[key] != expected[key]:
+        raise ValueError(f"{file} was trained for {key} {header[key]}, not {expected[key]}; name another")

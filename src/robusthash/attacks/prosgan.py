@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from robusthash.attacks.generator_training import (
     GeneratorTask,
     generator_key,
     read,
+    require_match,
+    require_same,
     seeded,
     train_generator,
 )
@@ -185,7 +186,7 @@ class TargetGenerator(Guide):
             return guide._transferred(data, victim)
         expected = generator_key(victim, data, self.eps)
         if self.file is not None and self.file.is_file():
-            _same(self.file, read(self.file)["header"], expected)
+            require_same(self.file, read(self.file)["header"], expected)
         own = {
             "options": str(replace(self, eps=0.0, file=None)),
             "bounded": self.bounded,
@@ -226,7 +227,7 @@ class TargetGenerator(Guide):
         if header["victim"] == here["victim"]:
             raise ValueError(f"{self.file} was trained for this very victim; leave out transfer")
         for key in ("image", "labels", "eps"):
-            _match(self.file, header, here, key)
+            require_match(self.file, header, here, key)
         bits, state = header["bits"], stored["state"]["nets"]
         nets = self._new(header["labels"], bits, data, Draws(0)).to(victim.device)
         try:
@@ -236,23 +237,6 @@ class TargetGenerator(Guide):
                 f"{self.file} holds nets of other sizes; give the width, hidden and blocks it was made with"
             ) from error
         return replace(self, nets=nets.requires_grad_(False), target_texts=self.target_texts, fit_items=0)
-
-
-def _same(file: Path, header: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse a generator that was trained for something else than ``expected``."""
-    if header["victim"] != expected["victim"]:
-        raise ValueError(
-            f"{file} was trained for another victim (weights {header['victim'][:8]}, {header['bits']} bits; "
-            f"here {expected['victim'][:8]}, {expected['bits']}): name another file to train one for it, "
-            "or say transfer: true to measure how it carries over"
-        )
-    for key in expected:
-        _match(file, header, expected, key)
-
-
-def _match(file: Path, header: dict[str, Any], expected: dict[str, Any], key: str) -> None:
-    if header[key] != expected[key]:
-        raise ValueError(f"{file} was trained for {key} {header[key]}, not {expected[key]}; name another")
 
 
 class TargetedTraining:

@@ -227,7 +227,7 @@ def _row(
 
 
 def aims(column: Column, result: EvalResult) -> bool:
-    """Whether a column shows what a targeted attack reached, whose chance is that of the target labels."""
+    """True where a column shows what a targeted attack reached: its chance is that of the target labels."""
     target = result.setting.key.name("targeted")
     return headline_of(result) == target and (column.measure or target).startswith("t-")
 
