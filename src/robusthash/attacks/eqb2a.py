@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 from robusthash.attacks.base import Attack
 from robusthash.attacks.generator import Generator
-from robusthash.attacks.generator_training import GeneratorSchedule, GeneratorTask, seeded, train_generator
+from robusthash.attacks.generator_training import (
+    GeneratorSchedule,
+    GeneratorTask,
+    change_weight,
+    seeded,
+    train_generator,
+)
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.oracle import QueryOracle
-from robusthash.attacks.prosgan import Generated, Painted, change_weight, painted
+from robusthash.attacks.prosgan import Generated, Painted, painted
 from robusthash.attacks.substitute import Substituted, answered_modalities, sample
 from robusthash.attacks.threat_model import Threat, image_threat
 from robusthash.core.hamming import sign

@@ -68,6 +68,13 @@ class GeneratorSchedule:
             raise ValueError(f"rate above 0 and weight from 0, got {self.rate}, {self.reconstruction}")
 
 
+def change_weight(given: float | None, bounded: bool, published: float) -> float:
+    """Weight of the squared change in a generator's loss: none within a bound, which limits it already."""
+    if given is not None:
+        return given
+    return 0.0 if bounded else published
+
+
 def train_generator(
     generator: TrainableGenerator,
     model: Hasher,

@@ -14,6 +14,7 @@ from robusthash.attacks.generator_training import (
     GeneratorFile,
     GeneratorSchedule,
     GeneratorTask,
+    change_weight,
     generator_key,
     read,
     require_match,
@@ -31,6 +32,8 @@ from robusthash.core.types import Batch, Goal, Guidance, HashOutput, Inputs, Ref
 from robusthash.data.base import RetrievalData
 from robusthash.models.encoding import state_digest
 from robusthash.models.hasher import Hasher
+
+_PUBLISHED = {"width": 64, "hidden": 4096, "rate": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -294,13 +297,6 @@ class TargetedTraining:
         return painted(self.nets.generator(images, planes), images, bound)
 
 
-def change_weight(given: float | None, bounded: bool, published: float) -> float:
-    """Weight of the squared change in a generator's loss: none within a bound, which limits it already."""
-    if given is not None:
-        return given
-    return 0.0 if bounded else published
-
-
 def generator_attack(
     name: str, guide: TargetGenerator, eps: float | None, generator: str | None, transfer: bool
 ) -> Attack:
@@ -330,7 +326,7 @@ def generator_attack(
     modality="image",
     targeted=True,
     state="measured",
-    published={"epochs": 100, "width": 64, "hidden": 4096, "fit_steps": 30_000, "rate": 1e-4},
+    published={**_PUBLISHED, "epochs": 100, "fit_steps": 30_000, "reconstruction": 100.0},
 )
 def pros_gan(
     eps: float | None = None,
@@ -366,7 +362,7 @@ def pros_gan(
     evidence="paper+code",
     modality="cross-modal",
     targeted=True,
-    published={"epochs": 50, "width": 64, "hidden": 4096, "fit_steps": 8000, "rate": 1e-4},
+    published={**_PUBLISHED, "epochs": 50, "fit_steps": 8000, "reconstruction": 150.0},
 )
 def ta_dch(
     eps: float | None = None,
