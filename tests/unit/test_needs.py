@@ -54,7 +54,6 @@ REFUSED: list[tuple[Settings, Settings, str]] = [
     ("sfcl", {"name": "mainstay", "modality": "text"}, "needs attacked images"),
     ("pgd-at", "pros-gan", "learns once for a finished victim"),
     ("pgd-at", "aach", "learns once for a finished victim"),
-    ("saat", {"name": "mainstay", "eps": 0}, "its eps is 0"),
 ]
 FITTING: list[tuple[Settings, Settings]] = [
     ("saat", "mainstay"),
@@ -85,6 +84,11 @@ def test_an_attack_that_does_not_fit_is_refused_where_the_recipe_is_read(
     name = outer if isinstance(outer, str) else outer["name"]
     assert f"Attacks that fit '{name}': " in str(caught.value)
     assert "'epochs'" not in str(caught.value)  # the line is not hidden behind the whole section
+
+
+def test_an_inner_attack_without_a_budget_is_refused_where_the_recipe_is_read() -> None:
+    with pytest.raises(ConfigError, match="attack has an eps of 0, so that nothing would be attacked"):
+        make_config(recipe("saat", {"name": "mainstay", "eps": 0}))
 
 
 @pytest.mark.parametrize(("outer", "attack"), FITTING)

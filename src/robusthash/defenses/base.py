@@ -110,8 +110,6 @@ def _unmet(outer: OuterLoss, attack: Attack) -> str:
     """Why an attack cannot be the inner attack of an outer loss; "" where it can."""
     if attack.guide.learns and not hasattr(attack.guide, "terms"):
         return "it learns once for a finished victim, and the victim of training changes with each step"
-    if not any(ball.eps for ball in attack.threat.balls.values()):
-        return "its eps is 0, so that nothing would be attacked"
     return outer.needs.unmet(attack)
 
 

@@ -185,6 +185,8 @@ class TrainingSection(Section):
         attack = self.inner_attack()
         if attack is None:
             return
+        if not any(ball.eps for ball in attack.threat.balls.values()):
+            raise ValueError("attack has an eps of 0, so that nothing would be attacked; 8/255 is usual")
         if guide_learns and isinstance(attack.guide, nn.Module) and "guide" not in self.optim:
             raise ValueError(unset("guide"))
         if self.outer is not None:
