@@ -98,7 +98,10 @@ def test_a_run_imports_no_module_that_nobody_allowed(tmp_path: Path, monkeypatch
             {"evaluation": {"attacks": ["hag", {"name": "mainstay", "eps": 8}]}},
             r"evaluation\.attacks\.1: eps 8",
         ),
-        ({"hasher": {"image": {"name": "small", "width": 0}}}, r"hasher\.image: no width may be 0, got"),
+        (
+            {"hasher": {"image": {"name": "small", "width": 0}}},
+            "hasher: width and grid must be at least 1, got 0",
+        ),
     ],
 )
 def test_options_are_tried_before_any_training(raw: dict, said: str) -> None:
