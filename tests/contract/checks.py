@@ -225,7 +225,8 @@ def check_progress(attack: Attack, world: World) -> None:
     end = agreement(attack, world, out.inputs, goal, out.guidance)
     assert float((goal.sign * (end - start)).mean()) >= 0
     assert torch.isfinite(out.trace).all()
-    assert len(out.trace) == STEPS
+    told = f"{len(out.trace)} scores in the trace for `steps: {STEPS}`: an attack takes `steps`, and notes one each"
+    assert len(out.trace) == STEPS, told
 
 
 def check_direction(attack: Attack, world: World) -> None:

@@ -155,6 +155,19 @@ def test_the_first_bit_of_scm_is_the_best_pair_of_directions() -> None:
     assert best > 0
 
 
+def test_scm_takes_a_single_feature() -> None:
+    """Its one direction is the feature; that of the texts is the best partner, by an exact solve."""
+    labels = one_hot(40, 3)
+    text = numbers(40, 2, seed=6) + labels[:, :2]
+    given = known(1, labels, image=labels[:, :1] + 0.1 * numbers(40, 1), text=text)
+    x, y = given.values["image"], given.values["text"]
+    found = SCM().fit(given)
+    across = y.T @ (2 * labels @ labels.T - 1) @ x
+    partner = torch.linalg.solve(y.T @ y / 40 + 1e-4 * torch.eye(2).double(), across)[:, 0]
+    made = found["text"].weights[:, 0]
+    assert float((made @ partner).abs() / (made.norm() * partner.norm())) > 1 - 1e-9
+
+
 def test_cmfh_rounds_never_raise_its_objective() -> None:
     method, values = CMFH(mu=3.0, gamma=0.2), []
     x, t = numbers(30, 5), numbers(30, 4, seed=7)

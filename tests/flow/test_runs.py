@@ -280,6 +280,15 @@ def test_an_attack_is_added_to_the_results(call, run):
     assert list(load_run(run).evaluated()) == ["clean", "pgd", "worst"]
 
 
+def test_an_added_attack_of_another_threat_is_named_by_it(call, run):
+    wider = ("--attack", "{name: pgd, steps: 2, eps: 16/255}")
+    assert call("evaluate", run, *wider)[0] == 0
+    assert list(load_run(run).evaluated()) == ["clean", "pgd", "pgd (img-linf-16)", "worst"]
+    held = load_run(run).evaluated()["pgd (img-linf-16)"].values
+    assert call("evaluate", run, *wider)[0] == 0, "the same attack takes its own place"
+    assert load_run(run).evaluated()["pgd (img-linf-16)"].values == held
+
+
 def test_an_attack_is_not_added_to_results_of_other_queries(call, run):
     held = yaml.safe_load((run / "config.yaml").read_text())
     held["evaluation"]["queries"] = 6

@@ -146,6 +146,15 @@ def test_hash_is_of_the_pixels_not_of_the_file(classes: Path, caplog: pytest.Log
     assert f"{dropped} of 9 queries dropped" in data.note
 
 
+def test_images_that_are_all_equal_leave_no_query(tmp_path: Path) -> None:
+    for number in range(24):
+        folder = tmp_path / ("cat", "dog")[number % 2]
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), "teal").save(folder / f"{number}.png")
+    with pytest.raises(ValueError, match=r"no query is left.*\(1 of 24 items differ\).*leave copies out"):
+        load_data("folder", root=tmp_path, size=8)
+
+
 def test_empty_folder_and_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"no folder .*nowhere; it should hold a folder of images for each"

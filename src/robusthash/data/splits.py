@@ -310,9 +310,17 @@ def assemble(
         labels: (N, C) multi-hot of all rows of the source.
         hashes: (N,) content hashes of all rows.
         also: other label systems of all rows, by name.
+
+    Raises:
+        ValueError: no query has a content of its own.
     """
     elsewhere = [rows for rows in (indices.train, indices.database, indices.validation) if rows is not None]
     twice = np.isin(hashes[indices.query.numpy()], hashes[torch.cat(elsewhere).numpy()])
+    if len(twice) and twice.all():
+        raise ValueError(
+            f"{name}: no query is left, since all {len(twice)} have the same pixels as an item of another "
+            f"split ({len(np.unique(hashes))} of {len(hashes)} items differ); leave copies out of the data"
+        )
     if twice.any():
         count = f"{int(twice.sum())} of {len(twice)} queries"
         dropped = f"{count} dropped: the same pixels are also in another split"

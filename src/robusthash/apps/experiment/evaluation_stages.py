@@ -86,7 +86,8 @@ def evaluate(
 
     Args:
         attacks: added to the results that the run has, where those of the config replace them. One of a name
-            that is there replaces it if it is the same attack, and else is called ``pgd #2``.
+            that is there replaces it if it is the same attack, and else is called ``pgd #2``, or of another
+            threat ``pgd (img-linf-16)``.
 
     Returns:
         By name: ``clean``, each attack, ``worst``, and where the config has several directions or relevances,
@@ -194,7 +195,12 @@ def _differences(before: EvalResult, now: EvalResult) -> str:
 
 
 def _free_name(name: str, result: EvalResult, others: Mapping[str, EvalResult]) -> str:
-    """The name of an added result: that of the same attack before, or one that is free."""
+    """The name of an added result: that of the same attack before, or one that is free.
+
+    Of another threat, it says which: ``pgd (img-linf-16)``.
+    """
+    if name in others and others[name].setting.threat != result.setting.threat:
+        name = f"{name} ({result.setting.threat})"
     free, number = name, 2
     while free in others and others[free].setting.differs(result.setting):
         free, number = f"{name.partition(' #')[0]} #{number}", number + 1

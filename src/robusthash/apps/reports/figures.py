@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,9 @@ _CURVES = {"pr": ("PR", "recall", "recall"), "pn": ("P@N", "n", "N")}
 """By stem of the file: curve of a result, its axis across, and what that is called."""
 
 
-def draw_runs(paths: Sequence[Path], out: Path) -> tuple[Drawn, list[str]]:
+def draw_runs(
+    paths: Sequence[Path], out: Path, called: Mapping[Path, str] | None = None
+) -> tuple[Drawn, list[str]]:
     """Every figure that the results, logs and attributions of these runs allow, as PDF and PNG in ``out``.
 
     Runs of one recipe are its seeds and are averaged. Written are, for each direction or relevance,
@@ -55,6 +58,10 @@ def draw_runs(paths: Sequence[Path], out: Path) -> tuple[Drawn, list[str]]:
     ``pr-attacked`` and ``pr-targeted``, of the target labels, and likewise ``pn`` (precision of the first N);
     ``eps`` where a suite drew curves over budgets; ``bands`` where every run was attributed; and ``loss``
     with the training loss.
+
+    Args:
+        called: what the legends call a run; by default its recipe, with the settings that namesakes
+            differ in.
 
     Returns:
         The files, and a note for every recipe that the scatter leaves out.
@@ -65,6 +72,10 @@ def draw_runs(paths: Sequence[Path], out: Path) -> tuple[Drawn, list[str]]:
     """
     require_matplotlib()
     rows, by_name = make_rows(paths), seeds_by_row(paths)
+    if called:
+        names = {name: called.get(runs[0].path, name) for name, runs in by_name.items()}
+        rows = [replace(row, name=names[row.name]) for row in rows]
+        by_name = {names[name]: runs for name, runs in by_name.items()}
     results = {name: [run.evaluated() for run in runs] for name, runs in by_name.items()}
     out.mkdir(parents=True, exist_ok=True)
     drawn: Drawn = []

@@ -268,18 +268,18 @@ def _draw_values(plan: EntryPlan, blocks: Sequence[TableBlock], out: Path) -> li
         folder = out if len(blocks) == 1 else out / f"{number + 1}"
         folder.mkdir(parents=True, exist_ok=True)
         if axis is None:
-            paths = [run.stored.path for run in plan.runs if run.block == block.title and run.stored]
-            drawn += draw_runs(list(dict.fromkeys(paths)), folder)[0] if paths else []
+            rows = {run.stored.path: run.row for run in plan.runs if run.block == block.title and run.stored}
+            drawn += draw_runs(list(rows), folder, called=rows)[0] if rows else []
             continue
         named = [(line, *line.name.rpartition(", ")[::2]) for line in block.lines]
         several = len({of for _, of, _ in named}) > 1
-        rows = []
+        points = []
         for line, of, at in named:
             values = {plan.entry.title: at.rpartition(" ")[2], **({"of": of} if several else {})}
-            rows.append(SweepRow(values, line.cells, tuple(range(line.seeds)), 0))
+            points.append(SweepRow(values, line.cells, tuple(range(line.seeds)), 0))
         measures = dict.fromkeys(column.measure or "MAP" for column in plan.columns.values() if column)
         chance = set(block.chance.values())
-        drawn += draw_sweep(rows, ", ".join(measures), folder, chance.pop() if len(chance) == 1 else None)
+        drawn += draw_sweep(points, ", ".join(measures), folder, chance.pop() if len(chance) == 1 else None)
     return drawn
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
@@ -92,8 +93,6 @@ class SCM(Correlation):
     """
 
     def fit(self, known: TrainingFeatures) -> dict[str, Projection]:
-        from scipy.sparse.linalg import svds  # slow to import
-
         (first, x), (second, y) = known.values.items()
         labels = known.known_labels / known.known_labels.norm(dim=1, keepdim=True).clamp_min(1e-12)
         cxx, cyy, _ = covariances(x, y, self.lam)
@@ -103,13 +102,24 @@ class SCM(Correlation):
         for _ in range(known.bits):
             half = torch.linalg.solve_triangular(left, cross, upper=False)
             whitened = torch.linalg.solve_triangular(right, half.T, upper=False).T
-            start = whitened.sum(int(x.shape[1] < y.shape[1])) + 1e-12
-            u, _, vt = svds(whitened.numpy(), k=1, v0=start.numpy(), which="LM")
-            wx = torch.linalg.solve_triangular(left.T, torch.from_numpy(u.copy()), upper=True)[:, 0]
-            wy = torch.linalg.solve_triangular(right.T, torch.from_numpy(vt.T.copy()), upper=True)[:, 0]
+            u, v = top_pair(whitened)
+            wx = torch.linalg.solve_triangular(left.T, u, upper=True)[:, 0]
+            wy = torch.linalg.solve_triangular(right.T, v, upper=True)[:, 0]
             pairs.append((wx, wy))
             explained = torch.outer(x.T @ sign(x @ wx), y.T @ sign(y @ wy))
             cross = cross - explained / known.bits
         offset = torch.zeros(known.bits, dtype=x.dtype)
         wx, wy = (torch.stack(columns, 1) for columns in zip(*pairs, strict=True))
         return {first: Projection(wx, offset), second: Projection(wy, offset)}
+
+
+def top_pair(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 1) and (M, 1) singular vectors of the largest singular value of an (N, M) matrix."""
+    from scipy.sparse.linalg import svds  # slow to import
+
+    if min(matrix.shape) == 1:  # svds takes no matrix of rank one
+        u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :1], vt[:1].T
+    start = matrix.sum(int(matrix.shape[0] < matrix.shape[1])) + 1e-12
+    u, _, vt = svds(matrix.numpy(), k=1, v0=start.numpy(), which="LM")
+    return torch.from_numpy(u.copy()), torch.from_numpy(vt.T.copy())
