@@ -131,6 +131,12 @@ def test_labels_without_negatives_are_refused(name: str) -> None:
         shallow_hasher(name, features(modalities_of(name)), labels, BITS, ANCHORS)
 
 
+@pytest.mark.parametrize("bits", [0, -4])
+def test_codes_without_bits_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"bits must be at least 1, got {bits}"):
+        shallow_hasher("itq", {"image": np.eye(8)}, bits=bits)
+
+
 def test_more_anchors_than_items_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"90 anchors .* there are 80; set hasher\.head\.anchors to at most 80"

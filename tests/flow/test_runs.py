@@ -21,6 +21,7 @@ from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.run_files import sealed
+from robusthash.attacks.generator_training import read
 from robusthash.core.directory_lock import LOCK, InUse, owned
 from robusthash.core.runtime import choose_device, computing_on
 
@@ -287,6 +288,16 @@ def test_an_added_attack_of_another_threat_is_named_by_it(call, run):
     held = load_run(run).evaluated()["pgd (img-linf-16)"].values
     assert call("evaluate", run, *wider)[0] == 0, "the same attack takes its own place"
     assert load_run(run).evaluated()["pgd (img-linf-16)"].values == held
+
+
+def test_a_generator_that_is_asked_for_is_written_where_its_blocks_are_stored(call, run, tmp_path):
+    made = {"name": "pros-gan", "epochs": 1, "width": 2, "hidden": 8}
+    assert call("evaluate", run, "--attack", json.dumps(made))[0] == 0
+    times = {path: path.stat().st_mtime_ns for path in run.glob("attacks/*/*.npz")}
+    file = tmp_path / "generator.pt"
+    assert call("evaluate", run, "--attack", json.dumps({**made, "generator": str(file)}))[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in run.glob("attacks/*/*.npz")} == times
+    assert read(file)["epoch"] == 1
 
 
 def test_an_attack_is_not_added_to_results_of_other_queries(call, run):

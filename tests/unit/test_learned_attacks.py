@@ -219,6 +219,9 @@ def test_a_generator_of_another_victim_is_refused_or_transferred(world, tmp_path
     smaller = make_attack("pros-gan", world.objective, generator=path, eps=0.01)
     with pytest.raises(ValueError, match="was trained for eps"):
         world.fitted(smaller)
+    wider = make_attack("pros-gan", world.objective, generator=path, width=8)
+    with pytest.raises(ValueError, match=r"with options width=4, and width=8 is asked for; name another"):
+        world.fitted(wider)
     with pytest.raises(ValueError, match="there is no generator"):
         make_attack("pros-gan", world.objective, generator=str(tmp_path / "none"), transfer=True)
 

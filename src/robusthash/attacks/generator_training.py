@@ -184,10 +184,10 @@ class GeneratorFile:
             return 0
         stored = read(self.path)
         for key, value in self.header.items():
-            if stored["header"].get(key) != value:
+            if (held := stored["header"].get(key)) != value:
                 raise ValueError(
-                    f"{self.path} holds a generator with {key} {stored['header'].get(key)}, and {value} is "
-                    "asked for; name another file, or delete this one to train again"
+                    f"{self.path} holds a generator with {key} {_apart(held, value)}, and "
+                    f"{_apart(value, held)} is asked for; name another file, or delete this one to train again"
                 )
         for name, part in parts.items():
             part.load_state_dict(stored["state"][name])
@@ -198,6 +198,14 @@ class GeneratorFile:
         state = {name: part.state_dict() for name, part in parts.items()}
         with write_aside(self.path) as temporary, temporary.open("wb") as stream:
             torch.save({"header": self.header, "epoch": epoch, "state": state}, stream)
+
+
+def _apart(one: Any, other: Any) -> str:
+    """What of a fact the other has not: of two texts of options, those that differ."""
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return str(one)
+    first, second = (text.partition("(")[2].rstrip(")").split(", ") for text in (one, other))
+    return ", ".join(option for option in first if option not in second) or one
 
 
 def read(path: Path) -> dict[str, Any]:
