@@ -276,6 +276,14 @@ def test_the_list_says_the_state_of_each_entry(
     listed = {each.entry: each for each in reproduction.list_entries(folders)}
     assert listed["table-1"].state == "done"
     assert listed["table-1"].measured
+    quickest: dict[int, float] = {}
+    for path in (clone / "runs" / "tiny").iterdir():
+        run, results = load_run(path), load_run(path).evaluated()
+        attacked = results["mainstay"].cost.seconds + results["hag"].cost.seconds
+        assert results["worst"].cost.seconds == pytest.approx(attacked)  # no cost of its own
+        whole, bits = float(run.card()["seconds"]) + attacked, run.config.hasher.bits
+        quickest[bits] = min(whole, quickest.get(bits, whole))
+    assert listed["table-1"].seed_minutes == pytest.approx(sum(quickest.values()) / 60)
     assert listed["figure-2"].state == "cannot be run: they are pictures"
     with pytest.raises(ValueError, match="they are pictures"):
         rh.reproduce("tiny", "figure-2", recipes=clone / "recipes")

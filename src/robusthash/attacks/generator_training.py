@@ -186,8 +186,8 @@ class GeneratorFile:
         for key, value in self.header.items():
             if (held := stored["header"].get(key)) != value:
                 raise ValueError(
-                    f"{self.path} holds a generator with {key} {_apart(held, value)}, and "
-                    f"{_apart(value, held)} is asked for; name another file, or delete this one to train again"
+                    f"{self.path} holds a generator with {key} {_apart(held, value)}, and {_apart(value, held)} "
+                    "is asked for; name another file, or delete this one to train again"
                 )
         for name, part in parts.items():
             part.load_state_dict(stored["state"][name])

@@ -138,7 +138,7 @@ def _show_list(listed: "list[Any]", as_json: bool) -> None:
         rows.append([f"{each.paper.lower()} {each.entry}", each.scale, each.state, minutes, each.title])
     columns = ["entry", "scale", "state", "one seed, one core", "what it is"]
     print_table("", columns, rows, right=False)
-    note("times: measured where all rows are stored, on a busy machine; about: estimated")
+    note("times: training and attacks of the quickest stored seed of each row; about: estimated")
     note("small scale: a seed of an entry takes at most 40 minutes on one idle core")
 
 
