@@ -185,9 +185,10 @@ class GeneratorFile:
         stored = read(self.path)
         for key, value in self.header.items():
             if (held := stored["header"].get(key)) != value:
+                here, asked = _apart(held, value), _apart(value, held)
                 raise ValueError(
-                    f"{self.path} holds a generator with {key} {_apart(held, value)}, and {_apart(value, held)} "
-                    "is asked for; name another file, or delete this one to train again"
+                    f"{self.path} holds a generator with {key} {here}, and {asked} is asked for; name another "
+                    "file, or delete this one to train again"
                 )
         for name, part in parts.items():
             part.load_state_dict(stored["state"][name])
