@@ -187,8 +187,8 @@ class GeneratorFile:
             if (held := stored["header"].get(key)) != value:
                 here, asked = _apart(held, value), _apart(value, held)
                 raise ValueError(
-                    f"{self.path} holds a generator with {key} {here}, and {asked} is asked for; name another "
-                    "file, or delete this one to train again"
+                    f"{self.path} holds a generator with {key} {here}, and {asked} is asked for; name "
+                    "another file, or delete this one to train again"
                 )
         for name, part in parts.items():
             part.load_state_dict(stored["state"][name])
