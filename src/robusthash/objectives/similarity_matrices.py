@@ -190,7 +190,14 @@ class JDSH(_Sloped):
         return {"similarity": 2 * squared(crossed, target), "pairs": -crossed.diagonal().mean()}
 
 
-@register("objective", "dsah", paper="Yang et al., ICMR 2020", evidence="paper+code", supervised=False)
+@register(
+    "objective",
+    "dsah",
+    paper="Yang et al., ICMR 2020",
+    evidence="paper+code",
+    supervised=False,
+    state="measured",
+)
 class DSAH(MatrixReconstruction):
     """DSAH: semantic alignment, and decoders from a code to the other modality's features. Unsupervised.
 

@@ -19,7 +19,14 @@ def nearest(features: Tensor, count: int, block: int = 1024) -> Tensor:
     return torch.cat([rows.topk(count, 1, largest=False).indices for rows in distances])
 
 
-@register("objective", "ukd", paper="Hu et al., CVPR 2020", evidence="paper+code", supervised=False)
+@register(
+    "objective",
+    "ukd",
+    paper="Hu et al., CVPR 2020",
+    evidence="paper+code",
+    supervised=False,
+    state="measured",
+)
 class UKD(CrossLikelihood):
     """UKD: the student of unsupervised knowledge distillation; the recipe ``ukd`` trains its teacher first.
 

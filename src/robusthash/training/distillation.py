@@ -18,7 +18,7 @@ from robusthash.objectives.unsupervised import fixed_features
 from robusthash.training.recipe import HashingRecipe, Moment
 
 
-@register("recipe", "ukd", paper="Hu et al., CVPR 2020", evidence="paper+code")
+@register("recipe", "ukd", paper="Hu et al., CVPR 2020", evidence="paper+code", state="measured")
 class Distilled(HashingRecipe):
     """UKD: a teacher of the same shape and start learns without labels; the student then learns its
     neighbours.
