@@ -362,6 +362,7 @@ def pros_gan(
     evidence="paper+code",
     modality="cross-modal",
     targeted=True,
+    state="measured",
     published={**_PUBLISHED, "epochs": 50, "fit_steps": 8000, "reconstruction": 150.0},
 )
 def ta_dch(

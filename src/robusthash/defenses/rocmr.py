@@ -28,7 +28,7 @@ def contrast(one: Tensor, other: Tensor, negative: Tensor, temperature: float = 
     return (info_nce(scores, own, negative) + info_nce(scores.T, own, negative.T)).mean() / 2
 
 
-@register("outer", "rocmr", paper="Zhang et al., IJCNN 2022", evidence="reconstruction")
+@register("outer", "rocmr", paper="Zhang et al., IJCNN 2022", evidence="reconstruction", state="measured")
 @dataclass(frozen=True)
 class RoCMROuter(OuterLoss):
     """RoCMR: L = L_ori(x) + contrast * mean InfoNCE(a, b) + quantisation * mean (|h(x')| - 1)^2.

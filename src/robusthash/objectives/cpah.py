@@ -73,7 +73,7 @@ def cpah_text(vocabulary: int, inner: str | Mapping[str, Any] = "mlp", width: in
     return CommonPrivate(build("text-encoder", inner, vocabulary=vocabulary), width)
 
 
-@register("objective", "cpah", paper=_PAPER, evidence="reconstruction")
+@register("objective", "cpah", paper=_PAPER, evidence="reconstruction", state="measured")
 class CPAH(CrossLikelihood):
     """CPAH: consistency-preserving adversarial hashing, for hashers whose encoders are ``cpah``.
 

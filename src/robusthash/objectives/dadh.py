@@ -67,7 +67,7 @@ def discrete_step(joint: Tensor, labels: Tensor, relaxed: Tensor, mu: float, rid
     return torch.where(total == 0, joint, sign(total))
 
 
-@register("objective", "dadh", paper="Bai et al., ICMR 2020", evidence="paper+code")
+@register("objective", "dadh", paper="Bai et al., ICMR 2020", evidence="paper+code", state="measured")
 class DADH(CrossModalObjective):
     """DADH: weighted triplets across modalities, adversarial alignment, and discrete joint codes.
 

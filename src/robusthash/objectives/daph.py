@@ -72,7 +72,7 @@ class Proxies(nn.Module):
         return unit(self.out[name](mixed).float())
 
 
-@register("objective", "daph", paper="Tu et al., SIGIR 2023", evidence="paper+code")
+@register("objective", "daph", paper="Tu et al., SIGIR 2023", evidence="paper+code", state="measured")
 class DAPH(CrossModalObjective):
     """DAPH: data-aware proxy hashing, both stages in one run.
 
