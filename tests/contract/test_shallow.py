@@ -133,8 +133,24 @@ def test_labels_without_negatives_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("bits", [0, -4])
 def test_codes_without_bits_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"bits must be at least 1, got {bits}"):
+    with pytest.raises(ValueError, match=f"bits must be a whole number from 1, got {bits}"):
         shallow_hasher("itq", {"image": np.eye(8)}, bits=bits)
+
+
+@pytest.mark.parametrize("name", ["sdh", "cosdish", "lfh"])
+def test_labels_that_are_no_numbers_are_refused(name: str) -> None:
+    labels = np.eye(4)[np.arange(60) % 4]
+    labels[3] = np.nan
+    with pytest.raises(ValueError, match="labels hold NaN or infinite values in 1 of 60 training items"):
+        shallow_hasher(name, {"image": np.random.default_rng(0).normal(size=(60, 8))}, labels, bits=8)
+
+
+def test_one_code_for_all_items_is_refused() -> None:
+    vectors = np.random.default_rng(0).normal(size=(60, 8))
+    with pytest.raises(ValueError, match="gives all 60 training items one image code of 8 bits"):
+        shallow_hasher("cosdish", {"image": vectors}, np.eye(60), bits=8)
+    with pytest.raises(ValueError, match="features holds nothing"):
+        shallow_hasher("itq", {})
 
 
 def test_more_anchors_than_items_are_refused() -> None:

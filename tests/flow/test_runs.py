@@ -290,6 +290,12 @@ def test_an_added_attack_of_another_threat_is_named_by_it(call, run):
     assert load_run(run).evaluated()["pgd (img-linf-16)"].values == held
 
 
+def test_targeted_attacks_alone_have_no_worst_case(run):
+    attacks = [{"name": "dhta", "steps": 2}]
+    config = make_config({**CONFIG, "evaluation": {**CONFIG["evaluation"], "attacks": attacks}})
+    assert list(evaluation_stages.evaluate(Run(run, config))) == ["clean", "dhta"]
+
+
 def test_a_generator_that_is_asked_for_is_written_where_its_blocks_are_stored(call, run, tmp_path):
     made = {"name": "pros-gan", "epochs": 1, "width": 2, "hidden": 8}
     assert call("evaluate", run, "--attack", json.dumps(made))[0] == 0

@@ -138,6 +138,8 @@ def test_nets_that_are_not_attacked_stay_the_teacher_s(paired: tuple[RetrievalDa
 def test_distillation_refuses_targets_and_a_new_net(warm: Hasher) -> None:
     with pytest.raises(ValueError, match="untargeted"):
         CRDAT(warm, DPSH(), dhta(steps=2))
+    with pytest.raises(ValueError, match=r"attacks the hashing objective.*take 'mainstay' or 'hag'"):
+        CRDAT(warm, DPSH(), build("attack", {"name": "pgd", "steps": 2}, objective=DPSH()))
     section = {"recipe": "crdat", "attack": "mainstay"}
     with pytest.raises(ConfigError, match="init_from"):
         make_config({"name": "new", "training": section})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from robusthash.core.atomic_files import (
     write_all_aside,
     write_aside,
     write_folder_aside,
+    write_text,
 )  # fmt: skip
 
 
@@ -159,3 +161,11 @@ def test_leftovers_are_those_of_one_process(tmp_path: Path) -> None:
         (tmp_path / name).write_text("half")
     remove_leftovers(tmp_path, 17)
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == set(names[2:])
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is there and is no regular file; name another"):
+        write_text(tmp_path / "pipe", "text")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

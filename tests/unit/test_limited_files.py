@@ -20,6 +20,7 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 MERGES = "a: &a {x: 1}\n" + "".join(
     f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 150)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
+MERGED_MERGES = "- &a0 {k: 1}\n" + "".join(f"- &a{i + 1} {{<<: [*a{i},*a{i},*a{i}]}}\n" for i in range(30))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,8 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("&a {b: {c: *a}}", "holds itself"),
         (LAUGHS, "more than 100,000 values"),
         (MERGES, "aliases"),
+        (MERGED_MERGES, "more than 100,000 values, counting what << repeats"),
+        ("--- a\n" * 100_000, "another document"),
         ("a: 1\nb: [", "line 2"),
         ("2020-99-99", "not valid YAML"),
         ("9" * 5000, "not valid YAML"),

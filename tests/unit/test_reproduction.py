@@ -299,6 +299,9 @@ def test_the_list_says_the_state_of_each_entry(
         (["saah", "table-nag", "--scale", "paper"], "has no paper scale; take --scale small"),
         (["saat", "table-2", "--recipes", "/nowhere"], "/nowhere does not hold the recipes"),
         (["saat", "table-2", "--set", "training.epoch=2"], "training.epoch"),
+        (["saat", "table-2", "--set", "runtime.seed=5"], "--seeds N takes the training seeds"),
+        (["saat", "table-2", "--csv", "one.txt", "--latex", "one.txt"], "named for two exports"),
+        (["saat", "table-2", "--out", __file__], "a folder is needed"),
     ],
 )
 def test_a_refusal_is_one_line_with_a_remedy(words: list[str], said: str, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def write_all_aside(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
     for target in targets:
         if not target.parent.is_dir():
             raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
+        if target.exists() and not target.is_file():  # a device or a pipe, whose place the file would take
+            raise OSError(f"cannot write {target}: it is there and is no regular file; name another")
     temporaries = [_aside(target) for target in targets]
     try:
         yield temporaries

@@ -121,11 +121,24 @@ def parse_yaml(text: str, where: str) -> Any:
     return value
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _SmallMerges:
+    """Mappings that ``<<`` puts together stay small: merges of merges grow without a bound."""
+
+    merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)  # type: ignore[misc]
+        self.merged += len(node.value)
+        if self.merged > _VALUES:
+            problem = f"more than {_VALUES:,} values, counting what << repeats"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+class _PlainLoader(_SmallMerges, yaml.SafeLoader):
     """Plain values alone, and decimal numbers."""
 
 
-class _QuickLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _QuickLoader(_SmallMerges, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """The same by libyaml, where it was built: ten times as quick, but its faults name a later line."""
 
 
@@ -141,8 +154,12 @@ def _load(text: str) -> Any:
 
 def _check_events(text: str, loader: Any) -> None:
     """Refuse deep nesting, and more aliases than keep merged mappings small, before a value is made."""
-    aliases = depth = 0
+    aliases = depth = documents = 0
     for event in yaml.parse(text, loader):
+        documents += isinstance(event, yaml.DocumentStartEvent)
+        if documents > 1:
+            problem = "but found another document"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         aliases += isinstance(event, yaml.AliasEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if aliases > _ALIASES or depth > 2 * _DEPTH:

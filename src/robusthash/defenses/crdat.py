@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from robusthash.attacks.base import Attack, Guide
+from robusthash.attacks.losses import ObjectiveLoss
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
@@ -91,6 +92,11 @@ class CRDAT(Recipe):
             raise ValueError(
                 f"{attack.name!r} is targeted, and CRDAT drives items from the teacher's code: take an "
                 "untargeted attack such as 'hag' or 'mainstay'"
+            )
+        if isinstance(attack.loss, ObjectiveLoss):
+            raise ValueError(
+                f"{attack.name!r} attacks the hashing objective, and CRDAT drives items from the teacher's "
+                "code: take 'mainstay' or 'hag'"
             )
         if min(features, quantisation) < 0.0:
             raise ValueError(f"weights must not be negative, got {features:g} and {quantisation:g}")

@@ -298,7 +298,7 @@ def worst(
         ValueError: a randomised victim, and a result that does not carry them.
     """
     headline, key = context.protocol.headline, MeasureKey(context.protocol.headline)
-    untargeted = {name: result for name, result in results.items() if not _is_targeted(result)}
+    untargeted = {name: result for name, result in results.items() if not is_targeted(result)}
     if context.randomised and by is None:
         by = choosing_ap({"clean": clean, **untargeted})
 
@@ -350,7 +350,8 @@ def _sum_of_costs(results: Iterable[EvalResult]) -> Cost:
     return Cost(*map(sum, columns))
 
 
-def _is_targeted(result: EvalResult) -> bool:
+def is_targeted(result: EvalResult) -> bool:
+    """True of the result of a targeted attack, which has t-MAP."""
     return any(MeasureKey.parse(name).role == "targeted" for name in result.values)
 
 

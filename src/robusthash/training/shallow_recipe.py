@@ -151,8 +151,10 @@ def shallow_hasher(
         >>> hasher = shallow_hasher("itq", {"image": vectors}, bits=16)
         >>> hasher({"image": torch.from_numpy(others)})["image"].logits >= 0
     """
-    if bits < 1:
-        raise ValueError(f"bits must be at least 1, got {bits}")
+    if not isinstance(bits, int) or bits < 1:
+        raise ValueError(f"bits must be a whole number from 1, got {bits!r}")
+    if not features:
+        raise ValueError("features holds nothing; give (N, D) arrays by modality, {'image': vectors}")
     rows = {name: torch.as_tensor(values).float() for name, values in features.items()}
     for name, values in rows.items():
         if values.ndim != 2 or values.shape[1] < 1:
@@ -164,6 +166,9 @@ def shallow_hasher(
     hasher = Hasher(encoders, heads)
     known = None if labels is None else torch.as_tensor(labels).float()
     if known is not None and (known.ndim != 2 or any(len(known) != len(values) for values in rows.values())):
-        raise ValueError(f"labels are (N, C) of the same items as the features, got {tuple(known.shape)}")
+        raise ValueError(
+            f"labels are (N, C) multi-hot of the same items as the features, got {tuple(known.shape)}; of "
+            "class numbers make np.eye(C)[numbers]"
+        )
     solve_heads(hasher, build("shallow", method), rows, known, Draws(seed, ("shallow",)))
     return hasher.eval()

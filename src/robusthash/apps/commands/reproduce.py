@@ -21,7 +21,7 @@ class Scope:
         Literal["small", "paper"], Option(help="small: no GPU needed. paper: their data and nets.")
     ] = "small"
     data_root: Annotated[Path | None, Option(help="Folder of the data sets.")] = None
-    seeds: Annotated[int | None, Option(min=1, help="Number of training seeds, from 0.")] = None
+    seeds: Annotated[int | None, Option(min=1, max=1000, help="Number of training seeds, from 0.")] = None
     stored: Annotated[bool, Option("--stored", help="Train nothing: show what results there are.")] = False
 
 
@@ -76,6 +76,8 @@ def reproduce(
         return
     root = scope.data_root
     placed = [] if root is None else [f"data.root={json.dumps(str(root), ensure_ascii=False)}"]
+    if any(each.partition("=")[0].strip() == "runtime.seed" for each in sets or ()):
+        raise ValueError("runtime.seed is set by each row; --seeds N takes the training seeds 0 to N - 1")
     sets = [*placed, *(sets or ()), *([] if device is None else [f"runtime.device={device}"])]
     options: dict[str, Any] = {"scale": scope.scale, "seeds": scope.seeds, "sets": sets}
     places: dict[str, Any] = {"recipes": files.recipes, "runs": files.runs, "out": files.out}
@@ -89,9 +91,15 @@ def reproduce(
         return
     if trial.miniature or trial.batch is not None:
         raise ValueError("--miniature and --batch belong to a dry run: add --dry-run")
-    for path in filter(None, (files.markdown, files.latex, files.csv)):
+    exported = [path for path in (files.markdown, files.latex, files.csv) if path is not None]
+    for path in exported:
         if not path.parent.is_dir():
             raise ValueError(f"{path} cannot be written: {path.parent} is no folder; make it first")
+        if exported.count(path) > 1:
+            raise ValueError(f"{path} is named for two exports, of which one would stay; name one for each")
+    for folder in filter(None, (files.out, files.runs)):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, and a folder is needed; name another")
     if files.out is not None:
         from robusthash.apps.reports.charts import require_matplotlib
 

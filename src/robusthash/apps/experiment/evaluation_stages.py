@@ -25,7 +25,7 @@ from robusthash.core.runtime import Progress, silent
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.context import EvaluationContext, make_context
-from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, worst
+from robusthash.evaluation.evaluate import attack_all, is_targeted, score_attack, score_clean, worst
 from robusthash.metrics.results import EvalResult, by_direction, save_results
 from robusthash.models.hasher import Hasher, View
 from robusthash.objectives.base import HashObjective
@@ -90,8 +90,9 @@ def evaluate(
             threat ``pgd (img-linf-16)``.
 
     Returns:
-        By name: ``clean``, each attack, ``worst``, and where the config has several directions or relevances,
-        these before the name (``I2T mainstay``, ``I2T by class worst``). Also written to ``metrics.json``.
+        By name: ``clean``, each attack, ``worst`` of the untargeted ones, and where the config has several
+        directions or relevances, these before the name (``I2T mainstay``, ``I2T by class worst``). Also
+        written to ``metrics.json``.
 
     Raises:
         InUse: another process works on the run.
@@ -181,11 +182,10 @@ def _evaluate_context(
         return {"clean": clean}
     if relevance == "own" and rank() == 0:
         save_examples(run.path, context, {"clean": clean, **results}, pictured)
-    return {
-        "clean": clean,
-        **results,
-        "worst": described(worst(context, clean, results), "worst", run, relevance),
-    }
+    scored = {"clean": clean, **results}
+    if all(map(is_targeted, results.values())):
+        return scored  # the worst case is over untargeted attacks, and would be that of clean queries
+    return {**scored, "worst": described(worst(context, clean, results), "worst", run, relevance)}
 
 
 def _differences(before: EvalResult, now: EvalResult) -> str:

@@ -116,7 +116,7 @@ def _gone_if_refused(folder: Path) -> Iterator[None]:
     is_new = not any(path.name != LOCK for path in folder.iterdir())
     try:
         yield
-    except (ValueError, OSError):
+    except (KeyError, ValueError, OSError):
         if is_new and not any((folder / name).exists() for name in ("log.jsonl", "checkpoint")):
             shutil.rmtree(folder)
         raise

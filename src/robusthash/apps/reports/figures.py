@@ -257,7 +257,7 @@ def _draw_losses(by_name: Mapping[str, Sequence[Run]], out: Path) -> Drawn:
         shortest = min(len(epochs) for epochs, _ in curves)
         values = [torch.tensor(loss[:shortest]) for _, loss in curves]
         series.append(_over_seeds(name, torch.tensor(curves[0][0][:shortest]), values))
-    y = ChartAxis("training loss (own units of each)")
+    y = ChartAxis("training loss, own units")
     return save(LineChart(series=series, x=ChartAxis("epoch"), y=y), out / "loss")
 
 

@@ -12,7 +12,13 @@ from typing import Any
 from torch import Tensor
 
 import robusthash
-from robusthash.apps.experiment.config import Config, make_config, read_recipe, settings_of
+from robusthash.apps.experiment.config import (
+    Config,
+    EvaluationSection,
+    make_config,
+    read_recipe,
+    settings_of,
+)
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
 from robusthash.apps.experiment.run_directory import Run, RunError, accept, load_run, write_json
 from robusthash.apps.experiment.run_files import sealed
@@ -129,7 +135,8 @@ def result_names(config: Config) -> list[str]:
             modality = (ends_of(direction) or (home,))[0]
             fitting = [name for name, attack in attacks.items() if modality in attack.threat.balls]
             scored_on = [direction or "", "" if relevance == "own" else f"by {relevance}"]
-            all_names = ["clean", *fitting, *(["worst"] if fitting else [])]
+            untargeted = [name for name in fitting if not attacks[name].targeted]
+            all_names = ["clean", *fitting, *(["worst"] if untargeted else [])]
             names += [" ".join(filter(None, [*scored_on, name])) for name in all_names]
     return names
 
@@ -196,17 +203,23 @@ class EntryPlan:
         by_row: dict[tuple[str, str], list[float]] = {(run.block, run.row): [] for run in self.runs}
         for run in self.runs:
             if run.stored is not None:
-                by_row[run.block, run.row].append(_seconds(run.stored) / 60)
+                by_row[run.block, run.row].append(_seconds(run.stored, run.config.evaluation) / 60)
         if not all(by_row.values()):
             return self.spec.minutes, False
         return sum(map(min, by_row.values())), True
 
 
-def _seconds(run: Run) -> float:
-    """Training and attacks; the worst case has the costs of the attacks that it is taken over, once more."""
+def _seconds(run: Run, section: EvaluationSection) -> float:
+    """Training and the attacks of the section; a stored run may hold more of them.
+
+    The worst case has the costs of the attacks that it is taken over, once more.
+    """
     results = run.evaluated().values() if run.was_evaluated else ()
-    attacked = sum(result.cost.seconds for result in results if result.attack != "worst")
-    return float(run.card()["seconds"]) + attacked
+    relevances = ["" if name == "own" else f"by {name}" for name in section.relevance]
+    contexts = {" ".join(filter(None, (d, r))) for d in section.directions or ("",) for r in relevances}
+    asked = {"clean", *attacks_of(section)}
+    costs = (each.cost.seconds for each in results if each.attack in asked and each.scored_on in contexts)
+    return float(run.card()["seconds"]) + sum(costs)
 
 
 def make_plan(

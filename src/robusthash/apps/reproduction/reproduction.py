@@ -97,7 +97,8 @@ class Reproduction:
     def latex(self) -> str:
         """Tables of LaTeX, with captions that say what differs."""
         title = f"{self.paper.name}, {self.entry.title}, with 95 % intervals"
-        return latex_blocks(self.blocks, title, [f"{line}." for line in self.facts], self.entry.id)
+        label = f"{self.paper.name.lower()}-{self.entry.id}"
+        return latex_blocks(self.blocks, title, [f"{line}." for line in self.facts], label)
 
     def csv(self) -> str:
         """One line a cell."""
@@ -275,7 +276,7 @@ def _draw_values(plan: EntryPlan, blocks: Sequence[TableBlock], out: Path) -> li
         several = len({of for _, of, _ in named}) > 1
         points = []
         for line, of, at in named:
-            values = {plan.entry.title: at.rpartition(" ")[2], **({"of": of} if several else {})}
+            values = {axis.setting: at.rpartition(" ")[2], **({"of": of} if several else {})}
             points.append(SweepRow(values, line.cells, tuple(range(line.seeds)), 0))
         measures = dict.fromkeys(column.measure or "MAP" for column in plan.columns.values() if column)
         chance = set(block.chance.values())

@@ -92,7 +92,8 @@ def solve(
         draws: of random starts and samples.
 
     Raises: ValueError: values that are NaN or infinite, another number of modalities than the method's,
-    fewer items than bits, no labels for a supervised method, or labels by which no two items differ.
+    fewer items than bits, no labels for a supervised method, or labels by which no two items differ; a result
+    by which all items have one code.
     """
     name = type(method).__name__
     _check_modalities(name, method.modalities, list(features))
@@ -121,6 +122,12 @@ def solve(
     functions = method.fit(known)
     result = {}
     for modality, projection in functions.items():
+        signs = projection(scaled[modality]) >= 0
+        if bool((signs == signs[0]).all()):
+            raise ValueError(
+                f"{name} gives all {len(signs)} training items one {modality} code of {bits} bits, which "
+                "finds nothing; take more bits, other labels or another method"
+            )
         weights = projection.weights / scales[modality]
         result[modality] = Projection(weights, projection.offset - means[modality] @ weights)
     return result
@@ -141,6 +148,9 @@ def _check_modalities(name: str, expected: int, modalities: list[str]) -> None:
 def _check_labels(name: str, labels: Tensor | None, pairwise: bool) -> None:
     if labels is None:
         raise ValueError(f"{name} is supervised, and the training items have no labels; itq, cvh need none")
+    if len(broken := torch.nonzero(~labels.isfinite().all(1)).flatten()):
+        many = f"{len(broken)} of {len(labels)} training items, the first at {int(broken[0])}"
+        raise ValueError(f"labels hold NaN or infinite values in {many}")
     if not (labels > 0).any():
         raise ValueError(f"{name} is supervised, and no training item has a label")
     kinds = torch.unique((labels > 0).float(), dim=0)
