@@ -132,6 +132,18 @@ def test_attack_that_was_not_run_is_said_so(call, run, tmp_path):
     assert "not evaluated in every seed" not in out
 
 
+def test_a_result_that_another_row_has_keeps_its_column(call, run, tmp_path):
+    fewer = sibling(run, tmp_path, "fewer", {"training.epochs": 9})
+    save_results(fewer / "metrics.json", [r for r in load_results(fewer / "metrics.json") if r.name != "hag"])
+    for paths in ((fewer, run.path), (run.path, fewer)):
+        code, out, err = call("table", *paths, "--no-caption")
+        assert code == 0, err
+        head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines())
+        cells = {line[0].rpartition("=")[2]: line[head.index("hag")] for line in lines}
+        assert cells["9"] == "-"
+        assert cells["2"].startswith("0.")
+
+
 def moved(folder: Path, run: Run, seed: int, by: float, **settings: object) -> Path:
     """A sibling of another seed whose clean AP are lower, more so for later queries."""
     name = f"{seed} {by}"

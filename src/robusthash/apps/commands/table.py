@@ -54,7 +54,7 @@ def table(
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    titles = list(rows[0].cells) if columns is None else [column.title for column in columns]
+    titles = table_text.titles_of(rows) if columns is None else [column.title for column in columns]
     if format == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(table_text.plain_table(rows, titles))
         return

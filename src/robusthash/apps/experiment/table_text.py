@@ -13,9 +13,14 @@ from robusthash.metrics.results import EvalResult
 
 
 def markdown(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
-    """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
+    """A Markdown table; ``results`` chooses and orders the columns, by default those of any row."""
     head, *lines = text_table(rows, results)
     return markdown_table(head, lines)
+
+
+def titles_of(rows: Sequence[TableRow]) -> list[str]:
+    """The columns of any row, in the order of the first that has them."""
+    return list(dict.fromkeys(column for row in rows for column in row.cells))
 
 
 def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None, caption: Sequence[str] = ()) -> str:
@@ -40,7 +45,7 @@ def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[s
 
 def text_table(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[list[str]]:
     """Header and lines of a table for reading; one of differences has neither chance nor training minutes."""
-    columns = list(rows[0].cells) if results is None else list(results)
+    columns = titles_of(rows) if results is None else list(results)
     titles, side_cells = _side_columns(rows, columns, 3)
     table = [["recipe", *columns, *titles]]
     for row, own in zip(rows, side_cells, strict=True):
@@ -58,7 +63,8 @@ def _side_columns(
     """Titles and lines of the columns next to the results: chance, training minutes and seeds."""
     signed = any(cell.signed for row in rows for cell in row.cells.values())
     shown = {(row.scored[c], c in row.target_chance): c for row in rows for c in columns if c in row.scored}
-    chances = [on for on in rows[0].chance if (on, False) in shown and not signed]
+    contexts = dict.fromkeys(on for row in rows for on in row.chance)
+    chances = [on for on in contexts if (on, False) in shown and not signed]
     targets = {on: column for (on, aimed), column in shown.items() if aimed and not signed}
     minutes = [] if signed else ["training minutes"]
     lines = []
@@ -78,7 +84,7 @@ def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> 
 
     A column whose rows were attacked differently has a line for each, and one that says they do not compare.
     """
-    columns = list(rows[0].cells) if results is None else list(results)
+    columns = titles_of(rows) if results is None else list(results)
     subjects: dict[str, list[str]] = {}  # columns by words
     mixed = []
     for column in columns:
