@@ -201,7 +201,10 @@ def score_targeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalR
     key = MeasureKey(headline)
     possible = targets.sum((1, 2)) > 0
     if not possible.any():
-        raise ValueError("no query has a possible target: every item shares a label with each")
+        raise ValueError(
+            "no query has a possible target for a targeted attack, since every item shares a label with each; "
+            "leave targeted attacks out of evaluation.attacks, or take data of more classes"
+        )
     rows, missing, each = torch.nonzero(possible).flatten(), int((~possible).sum()), targets.shape[1]
     # from here on, a row for each pair of a query and a target
     target_labels = targets[rows].flatten(0, 1)

@@ -58,6 +58,8 @@ class UKD(CrossLikelihood):
     def setup(self, facts: TrainFacts) -> None:
         if set(facts.widths) != {"image", "text"}:
             raise ValueError(f"UKD learns from pairs of an image and its text, not {[*facts.widths]}")
+        if facts.items < 2:
+            raise ValueError(f"UKD learns which items are near, and needs at least 2, got {facts.items}")
         count = max(1, round(self.neighbours * facts.items))
         self.near = torch.zeros(facts.items, 2 * count, dtype=torch.int64, device=self.near.device)
 
