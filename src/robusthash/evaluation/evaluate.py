@@ -202,7 +202,7 @@ def score_targeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalR
     possible = targets.sum((1, 2)) > 0
     if not possible.any():
         raise ValueError(
-            "no query has a possible target for a targeted attack, since every item shares a label with each; "
+            "no query has a possible target for a targeted attack, as every item shares a label with each; "
             "leave targeted attacks out of evaluation.attacks, or take data of more classes"
         )
     rows, missing, each = torch.nonzero(possible).flatten(), int((~possible).sum()), targets.shape[1]
