@@ -110,6 +110,8 @@ def reproduce(
         )
     _export({files.markdown: result.markdown, files.latex: result.latex, files.csv: result.csv})
     _show(result, as_json)
+    if files.out is not None and not result.drawn:
+        note(f"nothing is drawn in {files.out}: no run of this entry is stored yet")
 
 
 def _export(texts: dict[Path | None, Any]) -> None:

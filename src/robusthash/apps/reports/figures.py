@@ -149,7 +149,7 @@ def _draw_curves(results: Results, context: str, out: Path, ending: str) -> Draw
                     precision = [result.curves[key]["precision"] for result in of_seeds]
                     series.append(_over_seeds(name, of_seeds[0].curves[key][axis], precision))
             if series:
-                y = ChartAxis("precision of the target labels" if targeted else "precision", from_zero=True)
+                y = ChartAxis("precision of targets" if targeted else "precision", from_zero=True)
                 drawn += save(
                     LineChart(series=series, x=ChartAxis(label), y=y), out / f"{stem}{kind}{ending}"
                 )
