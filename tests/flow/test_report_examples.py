@@ -118,7 +118,7 @@ def test_added_attacks_take_the_pictures_only_if_they_are_stronger(run: Run, tmp
     )
     found = load_examples(copy.path)
     assert found is not None
-    assert found["attack"].startswith("mainstay #")
+    assert found["attack"] == "mainstay (img-linf-64)"
 
 
 def test_a_kept_copy_holds_no_command(run: Run, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_assemble_drops_repeated_queries_and_says_so(caplog: pytest.LogCaptureFi
 def test_assemble_with_no_query_left() -> None:
     pixels = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
     indices = Indices(torch.tensor([0]), torch.tensor([1]), torch.tensor([0]))
-    with pytest.raises(ValueError, match="query split is empty"):
+    with pytest.raises(ValueError, match="no query is left"):
         assemble(
             "toy", ArraySource({"image": pixels}), torch.ones(2, 1), hash_pixels(pixels), indices, ("a",)
         )

@@ -262,7 +262,7 @@ def test_given_rows_are_the_splits_and_share_no_query():
 
 def test_the_same_picture_is_no_query_and_in_the_database():
     twice = np.concatenate([PIXELS, PIXELS[:1]])
-    with pytest.raises(ValueError, match="the query split is empty"):
+    with pytest.raises(ValueError, match="no query is left"):
         from_arrays(twice, [*CLASSES, 0], rows={"query": [0], "database": range(1, ITEMS + 1)})
 
 

@@ -279,6 +279,8 @@ def test_the_list_says_the_state_of_each_entry(
     quickest: dict[int, float] = {}
     for path in (clone / "runs" / "tiny").iterdir():
         run, results = load_run(path), load_run(path).evaluated()
+        if "eta" in str(run.config.training.objective):
+            continue  # a run of figure-1
         attacked = results["mainstay"].cost.seconds + results["hag"].cost.seconds
         assert results["worst"].cost.seconds == pytest.approx(attacked)  # no cost of its own
         whole, bits = float(run.card()["seconds"]) + attacked, run.config.hasher.bits

@@ -202,7 +202,7 @@ class GeneratorFile:
 
 
 def _apart(one: Any, other: Any) -> str:
-    """What of a fact the other has not: of two texts of options, those that differ."""
+    """The part of a fact that the other lacks: of two texts of options, those that differ."""
     if not (isinstance(one, str) and isinstance(other, str)):
         return str(one)
     first, second = (text.partition("(")[2].rstrip(")").split(", ") for text in (one, other))

@@ -201,10 +201,8 @@ def score_targeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalR
     key = MeasureKey(headline)
     possible = targets.sum((1, 2)) > 0
     if not possible.any():
-        raise ValueError(
-            "no query has a possible target for a targeted attack, as every item shares a label with each; "
-            "leave targeted attacks out of evaluation.attacks, or take data of more classes"
-        )
+        remedy = "leave targeted attacks out of evaluation.attacks, or take data of more classes"
+        raise ValueError(f"no query has a possible target: every item shares a label with each; {remedy}")
     rows, missing, each = torch.nonzero(possible).flatten(), int((~possible).sum()), targets.shape[1]
     # from here on, a row for each pair of a query and a target
     target_labels = targets[rows].flatten(0, 1)
