@@ -151,7 +151,7 @@ def shallow_hasher(
         >>> hasher = shallow_hasher("itq", {"image": vectors}, bits=16)
         >>> hasher({"image": torch.from_numpy(others)})["image"].logits >= 0
     """
-    if not isinstance(bits, int) or bits < 1:
+    if not isinstance(bits, int | np.integer) or bits < 1:
         raise ValueError(f"bits must be a whole number from 1, got {bits!r}")
     if not features:
         raise ValueError("features holds nothing; give (N, D) arrays by modality, {'image': vectors}")

@@ -117,7 +117,7 @@ def top_pair(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(N, 1) and (M, 1) singular vectors of the largest singular value of an (N, M) matrix."""
     from scipy.sparse.linalg import svds  # slow to import
 
-    if min(matrix.shape) == 1:  # svds takes no matrix of rank one
+    if min(matrix.shape) == 1:  # svds takes no matrix of one row or column
         u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :1], vt[:1].T
     start = matrix.sum(int(matrix.shape[0] < matrix.shape[1])) + 1e-12
