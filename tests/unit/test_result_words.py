@@ -15,7 +15,7 @@ from robusthash.core.labels import has_relevant, relevant
 from robusthash.core.registry import build, catalogue
 from robusthash.metrics.code_scoring import read_codes, score
 from robusthash.metrics.comparison import compare
-from robusthash.metrics.result_words import budget_words, empty_note, empty_notes, p_text
+from robusthash.metrics.result_words import budget_words, empty_note, empty_notes, p_text, result_notes
 from robusthash.metrics.statistics import bootstrap_interval, intervals
 from robusthash.objectives import CSQ
 
@@ -30,6 +30,15 @@ def test_p_values() -> None:
     ]
 
 
+def test_notes_say_whose_they_are(tmp_path: Path) -> None:
+    result = replace(score(*map(read_codes, files(tmp_path, 20))), notes=("of all",))
+    own = replace(result, notes=("of all", "of some"))
+    names = ("mainstay", "hag", "pgd", "cgat", "sdha")
+    notes = result_notes({"clean": result, **dict.fromkeys(names, own)})
+    assert notes == {"of all": "of all", "of some": "mainstay, hag, pgd and 2 more: of some"}
+    assert result_notes({"clean": result, "hag": own})["of some"] == "hag: of some"
+
+
 def test_budgets_of_all_attacks_are_words() -> None:
     for card in catalogue("attack"):
         try:
@@ -38,6 +47,7 @@ def test_budgets_of_all_attacks_are_words() -> None:
             continue
         words = budget_words(attack.budget)
         assert not set(words) & set("()=_'"), (card.name, words)
+        assert "1 steps" not in words.split(", ")
         assert {"knows", "sees"} & set(words.split()), card.name
     both = (
         "PGD(steps=5, step_size=0.00392156862745098, momentum=0.5), slope one, starts 3, W0; suite x, 4 lines"

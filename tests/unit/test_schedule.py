@@ -83,6 +83,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         (lambda: TrainConfig(epochs=1.5), "epochs must be a whole number, got 1.5"),  # type: ignore[arg-type]
         (lambda: TrainConfig(epochs="2"), "epochs must be a whole number, got '2'"),  # type: ignore[arg-type]
         (lambda: OptimConfig(lr="0.1"), "lr must be a finite number, got '0.1'"),  # type: ignore[arg-type]
+        (lambda: OptimConfig(lr=1e38), "lr must be at least 0 and below"),
         (lambda: Schedule(at=(0.5, "1")), "at must be a list, .* got"),  # type: ignore[arg-type]
         (
             lambda: TrainConfig(optim={"hasher": {"lr": 0.1}}),  # type: ignore[dict-item]

@@ -48,7 +48,7 @@ def _option(key: str, value: str) -> str:
     """One parameter of a search; "" where it changes nothing."""
     words = key.replace("_", " ")
     if key in ("steps", "candidates"):
-        return f"{value} {words}"
+        return f"{value} {words.removesuffix('s') if value == '1' else words}"
     if value == "True":
         return words
     if value in ("False", "None") or (key, value) in (("momentum", "0.0"), ("select_every", "10")):
@@ -103,3 +103,21 @@ def empty_notes(results: Mapping[str, EvalResult]) -> list[str]:
         if text := empty_note(result):
             notes.setdefault(text, {})[result.scored_on] = None
     return [f"{', '.join(filter(None, where))}: {text}".removeprefix(": ") for text, where in notes.items()]
+
+
+def result_notes(results: Mapping[str, EvalResult]) -> dict[str, str]:
+    """Each note of the results once, and how it is printed: after the names of the results that have it,
+    where not all do."""
+    having: dict[str, list[str]] = {}
+    for name, result in results.items():
+        for text in dict.fromkeys(result.notes):
+            having.setdefault(text, []).append(name)
+    return {
+        text: text if len(names) == len(results) else f"{_some(names)}: {text}"
+        for text, names in having.items()
+    }
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

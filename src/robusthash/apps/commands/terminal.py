@@ -196,7 +196,10 @@ def warn(head: str, text: object) -> None:
 def print_table(
     title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: bool = True
 ) -> None:
-    """A table on stdout; floats with four digits. ``right`` aligns all columns but the first to the right."""
+    """A table on stdout; floats with four digits, tiny ones as 1.2e-05.
+
+    ``right`` aligns all columns but the first to the right.
+    """
 
     heads = [printable(column) for column in columns]
     cells = [[_cell(value) for value in row] for row in rows]
@@ -216,7 +219,9 @@ def print_table(
 def _cell(value: Any) -> Text:
     if isinstance(value, Text):
         return value
-    return Text(f"{value:.4f}" if isinstance(value, float) else printable(value))
+    if not isinstance(value, float):
+        return Text(printable(value))
+    return Text(f"{value:.1e}" if 0 < abs(value) < 5e-5 else f"{value:.4f}")
 
 
 def _widths(heads: list[str], cells: list[list[Text]], room: int) -> list[dict[int, int]]:
@@ -268,7 +273,7 @@ def print_values(title: str, result: EvalResult) -> None:
 
 def print_headlines(results: Mapping[str, EvalResult]) -> None:
     """The headline of each result, next to clean and chance, and each note once."""
-    from robusthash.metrics.result_words import empty_notes
+    from robusthash.metrics.result_words import empty_notes, result_notes
     from robusthash.metrics.results import headline_of
 
     rows: list[list[Any]] = []
@@ -281,11 +286,10 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     title = "results" if subset in ("", "all") else f"results, queries: {subset}"
     print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
     measures = {row[1] for row in rows}
-    notes = dict.fromkeys(text for result in results.values() for text in result.notes)
+    notes = result_notes(results)
     others = [text for text in notes if (of := _OF_MEASURE.match(text)) and of[1] not in measures]
-    for text in dict.fromkeys([*empty_notes(results), *notes]):
-        if text not in others:
-            note(text)
+    for text in (*empty_notes(results), *(shown for text, shown in notes.items() if text not in others)):
+        note(text)
     if others:
         many = f"{len(others)} notes" if len(others) > 1 else "1 note"
         note(f"{many} on measures that this table does not show: in --json, and in the report of a run")

@@ -94,7 +94,9 @@ def demo_page(
         curve=curves["undefended"],
         eps_chart=_eps_chart(summary, curves),
         pr_chart=_pr_chart(results),
-        notes=notes(result for named in results.values() for result in named.values()),
+        notes=notes(
+            {f"{TITLES[m]}, {name}": result for m, named in results.items() for name, result in named.items()}
+        ),
     )
 
 

@@ -7,7 +7,7 @@ import functools
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from robusthash.metrics.measure_key import MeasureKey
-from robusthash.metrics.result_words import budget_words, empty_note, p_text
+from robusthash.metrics.result_words import budget_words, empty_notes, p_text, result_notes
 from robusthash.metrics.results import EvalResult, Flag
 
 if TYPE_CHECKING:
@@ -113,11 +113,9 @@ def stored_as(results: Iterable[EvalResult]) -> tuple[str, str]:
     return ("/rounded", "whole words") if words else ("", "")
 
 
-def notes(results: Iterable[EvalResult]) -> list[str]:
+def notes(results: Mapping[str, EvalResult]) -> list[str]:
     """Notes on what was clipped or left out, each once; queries without a relevant item first."""
-    results = list(results)
-    texts = [*map(empty_note, results), *(note for result in results for note in result.notes)]
-    return list(dict.fromkeys(filter(None, texts)))
+    return [*empty_notes(results), *result_notes(results).values()]
 
 
 def _asset(name: str) -> Markup:

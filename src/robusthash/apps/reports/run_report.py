@@ -115,7 +115,7 @@ def group_data(results: Results) -> dict[str, Any]:
         "charts": charts,
         "copies": copy_table(results),
         "changes": WORDS,
-        "notes": notes(results.values()),
+        "notes": notes(results),
     }
 
 
