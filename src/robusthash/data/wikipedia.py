@@ -40,7 +40,7 @@ class WikipediaTexts(TextOptions):
     forms = ("topics", "bag", "tokens")
 
 
-@register("data", "wikipedia", paper="Rasiwasia et al. 2010", modality="image+text")
+@register("data", "wikipedia", paper="Rasiwasia et al. 2010", modality="image+text", state="measured")
 @flat_options("caption", "split")
 def wikipedia(
     root: str | Path = "data",

@@ -16,7 +16,7 @@ from robusthash.models.tpap import StepAway
 from robusthash.objectives.base import HashObjective
 
 
-@register("outer", "attacked-alone", paper="Tang & Zhang, CVPR 2024", evidence="paper+code")
+@register("outer", "attacked-alone", paper="Tang & Zhang, CVPR 2024", evidence="paper+code", state="measured")
 @dataclass(frozen=True)
 class AttackedAlone(OuterLoss):
     """L = L_ori(x'): the hashing objective on attacked inputs alone; modalities not attacked stay clean."""

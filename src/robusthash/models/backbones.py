@@ -196,7 +196,14 @@ def _timm() -> Any:
     return timm
 
 
-@register("image-encoder", "efficientnet-lite0", paper="Tan & Le 2019", evidence="library", modality="image")
+@register(
+    "image-encoder",
+    "efficientnet-lite0",
+    paper="Tan & Le 2019",
+    evidence="library",
+    modality="image",
+    state="measured",
+)
 def efficientnet_lite0(weights: str | None = None, enlarge: int | None = None) -> ImageEncoder:
     """EfficientNet-Lite0 (timm), D = 1280. ``weights``: ``"package"``, a file, or None.
 

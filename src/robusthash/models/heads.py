@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from robusthash.core.registry import register
 
 
-@register("head", "tanh")
+@register("head", "tanh", state="measured")
 class TanhHead(nn.Module):
     """Linear layer and tanh: the head of almost every published deep hashing model."""
 
@@ -24,7 +24,7 @@ class TanhHead(nn.Module):
         return logits, torch.tanh(logits), 1.0
 
 
-@register("head", "linear")
+@register("head", "linear", state="measured")
 class LinearHead(nn.Module):
     """Linear layer; the objective sees the logits, and attacks divide by their running mean size."""
 
@@ -48,7 +48,7 @@ class LinearHead(nn.Module):
         return logits, logits, float(self.size)
 
 
-@register("head", "kernel", paper="SDH, CVPR 2015; SePH, CVPR 2015", evidence="paper")
+@register("head", "kernel", paper="SDH, CVPR 2015; SePH, CVPR 2015", evidence="paper", state="measured")
 class KernelHead(LinearHead):
     """Linear layer on Gaussian similarities to anchors, exp(-|x - a|^2 / (2 s^2)); for shallow hashing.
 
@@ -84,7 +84,7 @@ class KernelHead(LinearHead):
         return torch.exp(-self._squares(features) / (2.0 * self.spread.clamp_min(1e-12)))
 
 
-@register("head", "meta-embedding", paper="LTHNet, SIGIR 2021", evidence="paper+code")
+@register("head", "meta-embedding", paper="LTHNet, SIGIR 2021", evidence="paper+code", state="measured")
 class MetaEmbeddingHead(nn.Module):
     """LTHNet's head: class means, weighed by attention and a selector, added to the item's own features.
 
@@ -121,7 +121,7 @@ class MetaEmbeddingHead(nn.Module):
         return logits, torch.tanh(logits), 1.0
 
 
-@register("head", "batchnorm")
+@register("head", "batchnorm", state="measured")
 class BatchNormHead(nn.Module):
     """Bias-free linear layer and batch normalisation, which balances each bit (OrthoHash, NeurIPS 2021)."""
 
@@ -136,7 +136,7 @@ class BatchNormHead(nn.Module):
         return logits, torch.tanh(logits), 1.0
 
 
-@register("head", "mlp")
+@register("head", "mlp", state="measured")
 class MLPHead(nn.Module):
     """Linear layers with ReLU between and tanh: the hash layer of SFCL and DSARH.
 

@@ -50,7 +50,12 @@ class StepAway(Purifier):
 
 
 @register(
-    "purifier", "tpap-image", paper="Tang & Zhang, CVPR 2024", evidence="reconstruction", modality="image"
+    "purifier",
+    "tpap-image",
+    paper="Tang & Zhang, CVPR 2024",
+    evidence="reconstruction",
+    modality="image",
+    state="measured",
 )
 class ImageStepAway(StepAway):
     """TPAP before the image encoder: one step of 8/255 away from the query's own code."""
@@ -60,7 +65,12 @@ class ImageStepAway(StepAway):
 
 
 @register(
-    "purifier", "tpap-text", paper="Tang & Zhang, CVPR 2024", evidence="reconstruction", modality="text"
+    "purifier",
+    "tpap-text",
+    paper="Tang & Zhang, CVPR 2024",
+    evidence="reconstruction",
+    modality="text",
+    state="measured",
 )
 class TextStepAway(StepAway):
     """TPAP before the text encoder: one step of 0.05 a word of the bag away from the query's own code."""

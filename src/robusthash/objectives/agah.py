@@ -61,13 +61,13 @@ class ClassAttention(Encoder):
         return self.keep * plain + (1 - self.keep) * attended, {**aux, "plain": plain}
 
 
-@register("image-encoder", "agah", paper=_PAPER, evidence="paper+code", modality="image")
+@register("image-encoder", "agah", paper=_PAPER, evidence="paper+code", modality="image", state="measured")
 def agah_image(classes: int, inner: str | Mapping[str, Any] = "small", keep: float = 0.8) -> ClassAttention:
     """AGAH's image side: class attention on an ``image-encoder`` (CNN-F in the paper)."""
     return ClassAttention(build("image-encoder", inner), classes, keep)
 
 
-@register("text-encoder", "agah", paper=_PAPER, evidence="paper+code", modality="text")
+@register("text-encoder", "agah", paper=_PAPER, evidence="paper+code", modality="text", state="measured")
 def agah_text(
     vocabulary: int, classes: int, inner: str | Mapping[str, Any] = "mlp", keep: float = 0.8
 ) -> ClassAttention:

@@ -193,7 +193,7 @@ class DPN(CSQ):
         self.centers = torch.where(votes == 0, self.centers, sign(votes))
 
 
-@register("objective", "code-softmax", evidence="own", state="measured")
+@register("objective", "code-softmax", evidence="own")
 class CodeSoftmax(CSQ):
     """Code softmax: L = CSQ's L + weight * CE, ours; after OrthoHash's softmax, on the relaxed code.
 

@@ -58,13 +58,15 @@ class CommonPrivate(Encoder):
         return common, {**aux, "private": whole - common}
 
 
-@register("image-encoder", "cpah", paper=_PAPER, evidence="reconstruction", modality="image")
+@register(
+    "image-encoder", "cpah", paper=_PAPER, evidence="reconstruction", modality="image", state="measured"
+)
 def cpah_image(inner: str | Mapping[str, Any] = "small", width: int = 512) -> CommonPrivate:
     """CPAH's image side: common and private features on an ``image-encoder`` (CNN-F in the paper)."""
     return CommonPrivate(build("image-encoder", inner), width)
 
 
-@register("text-encoder", "cpah", paper=_PAPER, evidence="reconstruction", modality="text")
+@register("text-encoder", "cpah", paper=_PAPER, evidence="reconstruction", modality="text", state="measured")
 def cpah_text(vocabulary: int, inner: str | Mapping[str, Any] = "mlp", width: int = 512) -> CommonPrivate:
     """CPAH's text side: common and private features, as wide as the image side's, on a ``text-encoder``.
 
