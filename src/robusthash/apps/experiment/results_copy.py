@@ -145,8 +145,9 @@ def _write(run: Run, run_id: str, folder: Path) -> None:
 def _slim(result: EvalResult) -> EvalResult:
     """A result with the per-query values that tables, intervals and paired differences need.
 
-    Those are its headline (of a suite also that of its clean queries), and nDCG and ACG of clean queries and
-    of untargeted attacks. Curves go, but those over budgets; means and intervals of everything stay.
+    Those are its headline (of a suite also that of its clean queries and of each attack), and nDCG and ACG of
+    clean queries and of untargeted attacks. Curves go, but those over budgets; means and intervals of
+    everything stay.
     """
     key = result.setting.key
     worst, target = key.name("worst"), key.name("targeted")
@@ -156,7 +157,9 @@ def _slim(result: EvalResult) -> EvalResult:
     per_query = {
         name: values
         for name, values in result.per_query.items()
-        if name in (*headlines, "clean") or (name.startswith(_GRADED) and target not in headlines)
+        if name in (*headlines, "clean")
+        or name.startswith(f"{key} under ")
+        or (name.startswith(_GRADED) and target not in headlines)
     }
     curves = {name: axes for name, axes in result.curves.items() if not name.startswith(CURVES)}
     return replace(result, per_query=per_query, curves=curves, winner=())
