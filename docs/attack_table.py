@@ -15,7 +15,12 @@ from robusthash.core.registry import build, catalogue
 from robusthash.metrics.results import EvalResult, headline_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-VICTIMS = ("ucmerced-labels-dpsh", "ucmerced-dcmh", "fashion-dph", "ucmerced-crdat")  # undefended first
+VICTIMS = (  # undefended first
+    "ucmerced-labels-dpsh",
+    "ucmerced-dcmh",
+    "ucmerced-dcmh-ta-dch-long",
+    "ucmerced-crdat",
+)
 HEADS = ("attack", "paper", "evidence", "knows", "goal", "steps", "asks", "measured (passes a query)")
 
 
