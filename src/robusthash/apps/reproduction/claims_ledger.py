@@ -131,15 +131,16 @@ class Finding:
 
     def text(self) -> str:
         """``mainstay to HAG: 0.504 against 0.515, -0.011 (-0.016 to -0.006), 3 seeds``."""
+        name = f"{self.what} ({self.at})" if self.at else self.what
         if self.difference is None or self.means is None:
-            return f"{self.what}: {self.reason}"
+            return f"{name}: {self.reason}"
         low, _ = self.difference.interval
         digits = 0 if abs(self.difference.value) >= 1000 else 3
         value = self.difference.text(digits) if low == low else f"{self.difference.value:+.{digits}f}"
         value = value if abs(self.difference.value) >= _SMALL else f"{self.difference.value:+.1e}"
         seeds = "1 seed" if self.difference.seeds == 1 else f"{self.difference.seeds} seeds"
         first, second = map(_plain, self.means)
-        return f"{self.what}: {first} against {second}, {value}{self.wanted}, {seeds}"
+        return f"{name}: {first} against {second}, {value}{self.wanted}, {seeds}"
 
 
 def _plain(value: float) -> str:
