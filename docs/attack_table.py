@@ -55,7 +55,7 @@ def measured_rows() -> dict[str, str]:
         runs = [file.parent for file in sorted((RESULTS / victim).glob("*/metrics.json"))]
         first = next(iter(read_seeds(runs).values()), ()) if runs else ()
         for name in first[0].evaluated if first else ():
-            attack = name.removeprefix("I2T ")
+            attack = name.removeprefix("I2T ").removeprefix("T2I ")
             if " " not in attack and attack not in ("clean", "worst") and attack not in found:
                 results = [seed.evaluated[name] for seed in first if name in seed.evaluated]
                 before = [seed.clean[results[0].scored_on] for seed in first]

@@ -266,7 +266,8 @@ def test_a_figure_is_drawn_over_its_axis(clone: Path, tmp_path: Path, tiny: Pape
     pytest.importorskip("matplotlib")
     found = rh.reproduce("tiny", "figure-1", recipes=clone / "recipes", runs=clone / "runs", out=tmp_path)
     assert [line.name for line in found.blocks[0].lines] == ["one, eta 0.1", "one, eta 1"]
-    assert {path.name for path in found.drawn} == {"sweep.pdf", "sweep.png"}
+    drawn = {path.relative_to(tmp_path).as_posix() for path in found.drawn}
+    assert drawn == {"tiny-figure-1/sweep.pdf", "tiny-figure-1/sweep.png"}  # entries do not overwrite others'
 
 
 def test_the_list_says_the_state_of_each_entry(
@@ -348,6 +349,8 @@ def test_a_verdict_is_computed_from_paired_intervals(
     fewer = claim(clone, "above", by=-2.0).model_copy(update={"without": "a rival"})
     assert judge(fewer, recipes, stored).reason == "without a rival"
     assert judge(claim(clone, "above", by=2.0), recipes, stored).verdict == "reversed"
+    against = claim(clone, "above", by=2.0).model_copy(update={"without": "a rival"})
+    assert judge(against, recipes, stored).reason == "without a rival"
     assert judge(claim(clone, "below", by=2.0), recipes, stored).verdict == "reversed"
     assert judge(claim(clone, "below", by=-2.0), recipes, stored).verdict == "reproduced"
     mixed = claim(clone, "above", by=-2.0)

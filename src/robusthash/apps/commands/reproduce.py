@@ -111,7 +111,10 @@ def reproduce(
     _export({files.markdown: result.markdown, files.latex: result.latex, files.csv: result.csv})
     _show(result, as_json)
     if files.out is not None and not result.drawn:
-        note(f"nothing is drawn in {files.out}: no run of this entry is stored yet")
+        reason = "no run of this entry is stored yet"
+        if result.state != "not run":
+            reason = "the stored results hold its numbers, and not what a figure would show"
+        note(f"nothing is drawn in {files.out}: {reason}")
 
 
 def _export(texts: dict[Path | None, Any]) -> None:

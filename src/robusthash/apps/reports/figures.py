@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -291,7 +292,7 @@ def draw_sweep(rows: Sequence[SweepRow], measure: str, out: Path, chance: float 
         return []
     first, *others = done[0].values
     ticks = list(dict.fromkeys(row.values[first] for row in done))
-    numeric = all(map(is_number, ticks))
+    numeric = all(map(is_number, ticks)) and _apart([float(tick) for tick in ticks])
     groups: dict[str, list[SweepRow]] = {}
     for row in done:
         setting = ", ".join(f"{path.rpartition('.')[2]} {row.values[path]}" for path in others)
@@ -307,10 +308,17 @@ def draw_sweep(rows: Sequence[SweepRow], measure: str, out: Path, chance: float 
             x, y, ends = zip(*sorted(points, key=lambda point: point[0]), strict=True)
             low, high = zip(*ends, strict=True)
             series.append(Series(f"{name}, {setting}" if setting else name, x, y, low=low, high=high))
-    across = ChartAxis(first, names=() if numeric else ticks)
+    across = ChartAxis(first.rpartition(".")[2], names=() if numeric else ticks)
     line = None if chance is None else ("chance", chance)
     chart = LineChart(series=series, x=across, y=ChartAxis(measure, from_zero=True), reference=line)
     return save(chart, out / "sweep")
+
+
+def _apart(places: Sequence[float]) -> bool:
+    """False where points would lie on top of each other on one scale, as 0, 1e-4, 1e-3 and 1e-2 do."""
+    ordered = sorted(places)
+    gaps = [high - low for low, high in itertools.pairwise(ordered)]
+    return not gaps or min(gaps) >= 0.03 * (ordered[-1] - ordered[0])
 
 
 def draw_transfer_file(path: Path, out: Path) -> Drawn:

@@ -201,7 +201,7 @@ def judge(claim: Claim, recipes: Recipes, stored: Stored) -> Judged:
     findings = tuple(compare_sides(each, recipes, stored) for each in claim.comparisons)
     failing = [finding for finding in findings if finding.holds is False]
     if findings and all(finding.holds for finding in findings):
-        return Judged(claim, "reproduced", findings, f"without {claim.without}" if claim.without else "")
+        return Judged(claim, "reproduced", findings, _without(claim))
     level = all(finding.level for finding in failing)
     if level and (not failing or any(finding.difference is None for finding in findings)):
         return Judged(claim, "open", findings, _undecided(findings))
@@ -209,7 +209,12 @@ def judge(claim: Claim, recipes: Recipes, stored: Stored) -> Judged:
     if claim.depends_on and len(values) < _CHOICES:
         reason = f"fails at {len(values)} of the {_CHOICES} values of {claim.depends_on} that are needed"
         return Judged(claim, "open", findings, reason)
-    return Judged(claim, "level" if level else "reversed", findings, _in_part(findings))
+    reason = "; ".join(filter(None, (_in_part(findings), _without(claim))))
+    return Judged(claim, "level" if level else "reversed", findings, reason)
+
+
+def _without(claim: Claim) -> str:
+    return f"without {claim.without}" if claim.without else ""
 
 
 def _in_part(findings: Sequence[Finding]) -> str:

@@ -198,7 +198,7 @@ def reproduce(
         scale: ``small`` for a machine without a GPU, ``paper`` for the papers' data and nets.
         seeds: training seeds 0 to ``seeds - 1``; by default as the entry says.
         recipes: folder of the recipes, by default that of the clone.
-        out: folder of the figures; none are drawn without it.
+        out: folder of the figures, which go into ``out/PAPER-ENTRY``; none are drawn without it.
         sets: overrides of every recipe, ``data.root=PATH`` for the folder of the data sets.
         stored_only: train nothing, and show what there is.
 
@@ -215,14 +215,15 @@ def reproduce(
     if plan.stored < len(plan.runs) and not stored_only:
         plan, stored = plan_of(name, entry, where, **options)
     found = paper(name)
+    folder = None if where.out is None else where.out / f"{found.name.lower()}-{plan.entry.id}"
     unit = 0.01 if (plan.entry.unit or found.unit) == "percent" else 1.0
     if plan.entry.shows == "values":
         blocks, analysis, drawn = make_blocks(plan, unit), "", list[Path]()
-        if where.out is not None and plan.stored:
-            drawn = _draw_values(plan, blocks, where.out)
+        if folder is not None and plan.stored:
+            drawn = _draw_values(plan, blocks, folder)
     else:
         blocks, analysis = [], analysis_markdown(plan, stored)
-        drawn = [] if where.out is None else draw_analysis(plan, stored, where.out)
+        drawn = [] if folder is None else draw_analysis(plan, stored, folder)
     return Reproduction(
         found, plan.entry, scale, plan.state, blocks, analysis, drawn, failed, stored.unreadable
     )
