@@ -34,6 +34,8 @@ MERGED_MERGES = "- &a0 {k: 1}\n" + "".join(f"- &a{i + 1} {{<<: [*a{i},*a{i},*a{i
         (MERGED_MERGES, "more than 100,000 values, counting what << repeats"),
         ("--- a\n" * 100_000, "another document"),
         ("a: 1\nb: [", "line 2"),
+        ("a: 1\nb: 2\na: 3", "line 3: the key 'a' is there twice, first in line 1; leave one"),
+        ("{name: mainstay, name: hag}", "the key 'name' is there twice; leave one"),
         ("2020-99-99", "not valid YAML"),
         ("9" * 5000, "not valid YAML"),
         ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
@@ -46,6 +48,11 @@ def test_yaml_is_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None
         read_yaml(path)
     assert "odd.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_merged_in_may_be_written_again() -> None:
+    text = "a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\nd: {<<: *b}"
+    assert parse_yaml(text, "t") == {"a": {"x": 1}, "b": {"x": 2}, "c": {"x": 3}, "d": {"x": 2}}
 
 
 def test_yaml_that_repeats_itself_a_little_is_read() -> None:

@@ -121,24 +121,41 @@ def parse_yaml(text: str, where: str) -> Any:
     return value
 
 
-class _SmallMerges:
-    """Mappings that ``<<`` puts together stay small: merges of merges grow without a bound."""
+class _CheckedMappings:
+    """Mappings without a key twice; merges stay small, since merges of merges grow without a bound."""
 
     merged = 0
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if not getattr(node, "flat", False):  # what << brought in may be written again
+            _check_keys(node)
         super().flatten_mapping(node)  # type: ignore[misc]
+        node.flat = True
         self.merged += len(node.value)
         if self.merged > _VALUES:
             problem = f"more than {_VALUES:,} values, counting what << repeats"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-class _PlainLoader(_SmallMerges, yaml.SafeLoader):
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Refuse a key that is written twice, of which YAML would take the last without a word."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        if key.value in lines:
+            first = lines[key.value] + 1
+            where = "" if first == key.start_mark.line + 1 else f", first in line {first}"
+            problem = f"the key {key.value!r} is there twice{where}; leave one"
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        lines[key.value] = key.start_mark.line
+
+
+class _PlainLoader(_CheckedMappings, yaml.SafeLoader):
     """Plain values alone, and decimal numbers."""
 
 
-class _QuickLoader(_SmallMerges, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _QuickLoader(_CheckedMappings, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """The same by libyaml, where it was built: ten times as quick, but its faults name a later line."""
 
 
