@@ -360,6 +360,8 @@ def test_missing_columns_and_labels(listed: Path) -> None:
         ValueError, match=r"no row of .*list\.jsonl has a label in the column 'labels'; .* 'class'"
     ):
         load(listed, rows_of(labels=[]))
+    data = load(listed, rows_of(labels=[], **{"class": ""}))  # for objectives without labels
+    assert (data.label_names, data.train.unlabelled()) == ((), len(data.train))
     rows = [{key: value for key, value in row.items() if key != "captions"} for row in rows_of()]
     with pytest.raises(ValueError, match="have no column 'captions'"):
         load(listed, rows, texts=True)

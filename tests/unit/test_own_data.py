@@ -179,7 +179,6 @@ def test_names_and_several_labels():
         ([[0, 1, 0], [1, 0, 0], [0, 0, 1]], "can be multi-hot rows or lists of the classes 0 and 1"),
         (np.array([[0], [1], [1]]), r"shape \(3, 1\) are neither"),
         (np.array([[0, 1], [2, 0], [1, 0]]), "multi-hot labels are 0 and 1, got 2"),
-        ([[], [], []], "no item has a label"),
         ("abc", None),
     ],
 )
@@ -321,3 +320,17 @@ def test_own_data_are_trained_on_and_searched():
     hasher = rh.build_hasher(bits=8, image={"name": "small", "width": 4, "grid": 1})
     rh.fit(rh.HashingRecipe(hasher, rh.objectives.CSQ()), data, rh.TrainConfig(epochs=1, batch_size=9))
     assert 0 < rh.evaluate(hasher, data)["MAP"] <= 1
+
+
+def test_items_without_labels_train_what_needs_none_and_are_not_scored():
+    texts = (np.random.default_rng(1).random((ITEMS, 12)) < 0.3).astype(np.float32)
+    data = from_arrays(PIXELS, [[]] * ITEMS, texts=texts, query=4, seed=0)
+    assert data.label_names == ()
+    hasher = rh.build_hasher(image={"name": "small", "width": 4}, text="mlp", bits=8, vocabulary=12)
+    training = rh.TrainConfig(epochs=1, batch_size=10)
+    rh.fit(rh.HashingRecipe(hasher, rh.objectives.DJSRH()), data, training)
+    assert len(rh.encode_split(hasher, data.database)["image"]) == len(data.database)
+    with pytest.raises(ValueError, match="no item of .* has a label, so no search of it can be scored"):
+        rh.evaluate(hasher, data)
+    with pytest.raises(ValueError, match="DCMH learns from labels"):
+        rh.fit(rh.HashingRecipe(hasher, rh.objectives.DCMH()), data, training)

@@ -244,7 +244,7 @@ def _entries_of_manifest(
         [(n, row[label_field]) for n, row in rows], f"{manifest}, column {label_field!r}"
     )
     also, _ = label_rows([(n, row.get(other)) for n, row in rows], f"{manifest}, column {other!r}")
-    if not any(labels):
+    if not any(labels) and any(also):
         raise ValueError(
             f"no row of {manifest} has a label in the column {label_field!r}; fill it, or set label_field to "
             f"{other!r} where the labels stand there"

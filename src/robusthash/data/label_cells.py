@@ -230,8 +230,8 @@ def _named(rows: Sequence[Sequence[Any]], names: Sequence[str] | None) -> tuple[
     """Lists of class numbers or names."""
     lists = [[_one(label, item) for label in row] for item, row in enumerate(rows)]
     labels = {label for row in lists for label in row}
-    if not labels:
-        raise ValueError("no item has a label")
+    if not labels:  # for objectives that need none
+        return torch.zeros(len(lists), 0), ()
     if len({type(label) for label in labels}) > 1:
         example = " and ".join(
             repr(next(each for each in labels if isinstance(each, kind))) for kind in (int, str)

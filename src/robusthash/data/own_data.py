@@ -48,7 +48,8 @@ def from_arrays(
         images: (N, H, W, 3) or (N, 3, H, W), one channel or none for grey: uint8, or floats in [0, 1]; a list
             of paths, PIL images, arrays and tensors; or (N, V) float vectors of features.
         labels: N class numbers or names; (N, C) multi-hot; or a list of labels for each item, maybe empty.
-            Items that share a label are relevant to each other.
+            Items that share a label are relevant to each other. All lists empty: for objectives without
+            labels; nothing can be scored.
         texts: a text for each item ("" where there is none), of which a bag of words is made; or an array of
             (N, V) vectors.
         vocabulary: most frequent words of the training texts that a bag counts.
