@@ -5,6 +5,7 @@ Measured rows are of the first kept recipe that was attacked so: ``VICTIMS`` in 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ VICTIMS = (  # undefended first
     "ucmerced-labels-dpsh",
     "ucmerced-dcmh",
     "ucmerced-dcmh-ta-dch-long",
+    "ucmerced-dcmh-queries",
     "ucmerced-crdat",
 )
+_SHORT = re.compile(r"reach ([\d.]+) of the budget ([\d.]+)")
 HEADS = ("attack", "paper", "evidence", "knows", "goal", "steps", "asks", "measured (passes a query)")
 
 
@@ -70,5 +73,7 @@ def _words(victim: str, clean: list[EvalResult], results: list[EvalResult]) -> s
     queries = len(next(iter(result.per_query.values())))
     passes = f"{result.cost.forward / queries:,.0f} + {result.cost.backward / queries:,.0f}"
     seeds = "1 seed" if len(results) == 1 else f"{len(results)} seeds"
+    short = next(filter(None, map(_SHORT.search, result.notes)), None)
+    seeds += f", steps that reach {float(short[1]):.3f} of eps {short[2]}" if short else ""
     reached = f"{measure} {started}{cell_of(results).text()}, chance {result.reference['chance']:.3f}"
     return f"{victim} ({seeds}): {reached} ({passes})"

@@ -42,7 +42,7 @@ def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: flo
     return (near - far + margin).clamp_min(0).mean()
 
 
-@register("attack-guide", "substitute-codes", paper=_PAPER, evidence="paper", supervised=False)
+@register("attack-guide", "substitute-codes", paper=_PAPER, evidence="reconstruction", supervised=False)
 @dataclass(frozen=True)
 class AnsweredCodes(Substituted):
     """The mean of the nearest answered codes minus that of the farthest, as the substitute sees the query.
@@ -106,7 +106,13 @@ def answered_codes(victim: Hasher, split: Any, modality: str, size: int = 128) -
 
 
 @register(
-    "attack", "aach", paper=_PAPER, evidence="paper", modality="image", supervised=False, state="measured"
+    "attack",
+    "aach",
+    paper=_PAPER,
+    evidence="reconstruction",
+    modality="image",
+    supervised=False,
+    state="measured",
 )
 def aach(
     eps: float | None = None,

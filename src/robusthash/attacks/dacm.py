@@ -37,7 +37,7 @@ def shared_basis(own: Tensor, other: Tensor, rank: int) -> Tensor:
     return left[:, :rank]
 
 
-@register("attack-guide", "shared-features", paper=_PAPER, evidence="paper")
+@register("attack-guide", "shared-features", paper=_PAPER, evidence="reconstruction")
 @dataclass(frozen=True)
 class SharedFeatures(Guide):
     """CgAT's center code, and what the features of this modality share with the other's on the training set.
@@ -83,7 +83,7 @@ class SharedFeatures(Guide):
         return Shared(center.codes, features=clean, basis=self.basis.to(clean))
 
 
-@register("attack-loss", "dacm", paper=_PAPER, evidence="paper")
+@register("attack-loss", "dacm", paper=_PAPER, evidence="reconstruction")
 @dataclass(frozen=True)
 class DACMLoss(Loss):
     """(1/K) h' . c + weight |U U^T (f' - f)|^2 / |f|^2, descended: the shared part of the features stays."""
@@ -99,7 +99,7 @@ class DACMLoss(Loss):
         return (output.relaxed(probe.alpha) * guidance.codes).mean(1) + self.weight * shared
 
 
-@register("attack", "dacm", paper=_PAPER, evidence="paper", modality="cross-modal", state="measured")
+@register("attack", "dacm", paper=_PAPER, evidence="reconstruction", modality="cross-modal", state="measured")
 def dacm(
     eps: float | None = None, steps: int = 100, step_size: float | None = None, modality: Modality = "image"
 ) -> Attack:
