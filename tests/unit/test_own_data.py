@@ -330,7 +330,7 @@ def test_items_without_labels_train_what_needs_none_and_are_not_scored():
     training = rh.TrainConfig(epochs=1, batch_size=10)
     rh.fit(rh.HashingRecipe(hasher, rh.objectives.DJSRH()), data, training)
     assert len(rh.encode_split(hasher, data.database)["image"]) == len(data.database)
-    with pytest.raises(ValueError, match="no item of .* has a label, so no search of it can be scored"):
+    with pytest.raises(ValueError, match="has a label, so no search of it can be scored"):
         rh.evaluate(hasher, data)
     with pytest.raises(ValueError, match="DCMH learns from labels"):
         rh.fit(rh.HashingRecipe(hasher, rh.objectives.DCMH()), data, training)

@@ -301,8 +301,8 @@ def make_context(
     require_hasher(victim)
     if not data.label_names:
         raise ValueError(
-            f"no item of {data.name} has a label, so no search of it can be scored: label queries and database, "
-            "or stop at the trained model ('robusthash train'), which encodes and searches without labels"
+            f"no item of {data.name} has a label, so no search of it can be scored: label queries and "
+            "database, or stop at the trained model ('robusthash train'), which searches without labels"
         )
     protocol = load_protocol(protocol)
     direction = direction or (victim.modalities[0], victim.modalities[0])
