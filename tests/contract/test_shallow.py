@@ -107,7 +107,7 @@ def test_what_it_cannot_solve_is_said_in_a_line(card: Card, case: str) -> None:
         labels, said = np.ones((80, 1)), "all training items have the same"
     elif case == "few":
         given, labels, bits = {n: v[:7] for n, v in given.items()}, LABELS[:7], 8
-        said = "8 bits need at least as many training items, and there are 7"
+        said = "8 bits need at least 8 training items, and there are 7; take fewer bits"
     elif case == "nan":
         given["image"][[4, 9], 3] = np.nan
         said = "image features hold NaN or infinite values in 2 of 80 training items, the first at 4"

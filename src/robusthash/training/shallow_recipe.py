@@ -39,6 +39,7 @@ class ShallowRecipe(Recipe):
     """
 
     groups = ("hasher",)
+    learns_from_labels = False  # the objective is not trained, and ``solve`` looks at what its method needs
     data_parallel = False
     new_heads = True
 
