@@ -109,8 +109,7 @@ def solve(
                 f"{bits} bits need at least {max(2, bits)} training items, and there are {len(rows)}; "
                 "take fewer bits (hasher.bits), or more items"
             )
-    if len({len(rows) for rows in values.values()}) > 1:
-        raise ValueError(f"features of different items: { ({m: len(rows) for m, rows in values.items()}) }")
+    check_same_items(values)
     if method.supervised:
         _check_labels(name, labels, method.pairwise)
     means = {modality: rows.mean(0) for modality, rows in values.items()}
@@ -135,6 +134,13 @@ def solve(
         weights = projection.weights / scales[modality]
         result[modality] = Projection(weights, projection.offset - means[modality] @ weights)
     return result
+
+
+def check_same_items(features: Mapping[str, Tensor]) -> None:
+    """Refuse features of modalities that differ in their number of rows."""
+    if len({len(rows) for rows in features.values()}) > 1:
+        counts = " and ".join(f"{len(rows)} of {modality}" for modality, rows in features.items())
+        raise ValueError(f"there are features {counts}; give each item a row in every modality")
 
 
 def _check_modalities(name: str, expected: int, modalities: list[str]) -> None:
