@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from robusthash.core.registry import Card, build, catalogue
-from robusthash.objectives.shallow.base import ShallowMethod
+from robusthash.core.runtime import Draws
+from robusthash.data.label_cells import read_labels
+from robusthash.objectives.shallow.base import ShallowMethod, solve
 from robusthash.training.shallow_recipe import shallow_hasher
 
 CARDS = catalogue("shallow")
@@ -104,10 +106,10 @@ def test_what_it_cannot_solve_is_said_in_a_line(card: Card, case: str) -> None:
     if case == "labels":
         labels, said = None, "is supervised, and the training items have no labels"
     elif case == "same":
-        labels, said = np.ones((80, 1)), "all training items have the same"
+        labels, said = np.ones((80, 2)), "all training items have the same"
     elif case == "few":
         given, labels, bits = {n: v[:7] for n, v in given.items()}, LABELS[:7], 8
-        said = "8 bits need at least as many training items, and there are 7"
+        said = "8 bits need at least 8 training items, and there are 7; take fewer bits"
     elif case == "nan":
         given["image"][[4, 9], 3] = np.nan
         said = "image features hold NaN or infinite values in 2 of 80 training items, the first at 4"
@@ -137,12 +139,76 @@ def test_codes_without_bits_are_refused(bits: int) -> None:
         shallow_hasher("itq", {"image": np.eye(8)}, bits=bits)
 
 
+@pytest.mark.parametrize("options", [{"bits": True}, {"anchors": 2.5}, {"anchors": "5"}, {"anchors": True}])
+def test_numbers_of_another_type_are_refused(options: dict[str, object]) -> None:
+    (name, value), least = next(iter(options.items())), int("bits" in options)
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number from {least}, got {value!r}$"):
+        shallow_hasher("itq", features(1), **{"bits": BITS, **options})  # type: ignore[arg-type]
+
+
+CLASSES = np.arange(80) % 4
+
+
+@pytest.mark.parametrize(
+    "labels", [CLASSES, CLASSES.tolist(), [[number] for number in CLASSES], ["dcba"[n] for n in CLASSES]]
+)
+def test_labels_of_every_form_of_from_arrays_are_taken(labels: object) -> None:
+    given = features(1)
+    hashers = [shallow_hasher("sdh", given, form, BITS) for form in (labels, read_labels(labels, 80)[0])]  # type: ignore[arg-type]
+    first, second = (codes_of(hasher, given)["image"] for hasher in hashers)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (CLASSES[:, None], r"use labels\[:, 0\] where one column holds the classes"),
+        (LABELS.astype(int).astype(str), "multi-hot labels are 0 and 1, got '1'"),
+        (CLASSES + 0.5, "item 0 has the label 0.5"),
+        (np.where(LABELS, np.nan, 0), "multi-hot labels are 0 and 1, got nan"),
+        (LABELS[:50], "50 labels for 80 items"),
+    ],
+)
+def test_labels_that_from_arrays_refuses_are_refused(labels: np.ndarray, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        shallow_hasher("sdh", features(1), labels, BITS)
+
+
+def test_features_that_are_no_rows_of_numbers_are_refused() -> None:
+    both = features(2)
+    for labels in (None, LABELS, LABELS[:50]):
+        with pytest.raises(ValueError, match="there are features 80 of image and 50 of text; give each item"):
+            shallow_hasher("cvh", {**both, "text": both["text"][:50]}, labels, BITS)
+    with pytest.raises(ValueError, match="image features are numbers, got an array of <U"):
+        shallow_hasher("itq", {"image": np.eye(8).astype(str)}, bits=4)
+    with pytest.raises(ValueError, match=r"image features are \(N, D\), an item a row, got \(8,\)"):
+        shallow_hasher("itq", {"image": np.ones(8)}, bits=4)
+    with pytest.raises(ValueError, match="features are .N, D. arrays by modality, got ndarray; give"):
+        shallow_hasher("itq", np.eye(8), bits=4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("anchors", [0, ANCHORS])
+def test_the_hasher_takes_floats_of_any_size_and_refuses_what_has_no_code(anchors: int) -> None:
+    rows = features(1)["image"]
+    hasher = shallow_hasher("itq", {"image": rows}, None, BITS, anchors)
+    expected = hasher({"image": torch.from_numpy(rows).float()})["image"].logits
+    assert torch.equal(hasher({"image": torch.from_numpy(rows)})["image"].logits, expected)
+    with pytest.raises(
+        ValueError, match=r"items in rows, \(N, 24\), got \(24,\); of one item give values\[None\]"
+    ):
+        hasher({"image": torch.from_numpy(rows[0])})
+    rows[[4, 9], 3] = np.nan, np.inf
+    with pytest.raises(ValueError, match="NaN or infinite in 2 of 80 items, the first at 4; leave"):
+        hasher({"image": torch.from_numpy(rows)})
+
+
 @pytest.mark.parametrize("name", ["sdh", "cosdish", "lfh"])
 def test_labels_that_are_no_numbers_are_refused(name: str) -> None:
     labels = np.eye(4)[np.arange(60) % 4]
     labels[3] = np.nan
+    vectors, draws = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), Draws(0, ("labels",))
     with pytest.raises(ValueError, match="labels hold NaN or infinite values in 1 of 60 training items"):
-        shallow_hasher(name, {"image": np.random.default_rng(0).normal(size=(60, 8))}, labels, bits=8)
+        solve(build("shallow", name), {"image": vectors}, torch.from_numpy(labels), 8, draws)
 
 
 def test_one_code_for_all_items_is_refused() -> None:

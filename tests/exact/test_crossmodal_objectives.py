@@ -122,7 +122,7 @@ def test_balanced_pairs_weigh_the_same_in_total(make: type) -> None:
     assert objective.similar_weight.item() == pytest.approx(4.0)
     values = objective.similarity(linear(torch.zeros(40, 8)), labels, draw(40, 8), labels)
     assert values.mean().item() == pytest.approx(1.6 * math.log(2), rel=1e-5)
-    with pytest.raises(ValueError, match="a share of 1"):
+    with pytest.raises(ValueError, match="all 4 training items have the same"):
         make(balance=True).setup(facts_of(torch.ones(4, 1), 8, widths={"image": 8, "text": 8}))
 
 

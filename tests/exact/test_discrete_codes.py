@@ -171,7 +171,7 @@ def test_the_soft_constraint_balances_the_pairs() -> None:
     assert float(signed(labels, torch.arange(20), float(objective.dissimilar)).sum()) == pytest.approx(
         0.0, abs=1e-4
     )
-    with pytest.raises(ValueError, match="a share of 1 is similar"):
+    with pytest.raises(ValueError, match="all 4 training items have the same"):
         ADSH().setup(TrainFacts(4, 8, torch.ones(4, 1), 0, 1.0))
 
 

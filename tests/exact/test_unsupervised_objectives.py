@@ -351,7 +351,7 @@ def test_what_no_features_can_be_made_of_is_refused() -> None:
 
 def test_ukd_is_taught_by_an_unsupervised_objective_alone() -> None:
     hasher = build_hasher(bits=8, image={"name": "vector", "inputs": 6}, text="mlp", vocabulary=7)
-    with pytest.raises(ValueError, match="teacher of 'ukd' is unsupervised, and DCMH needs labels"):
+    with pytest.raises(ValueError, match="teacher of 'ukd' is unsupervised, and dcmh needs labels"):
         Distilled(hasher, UKD(), "dcmh")
     with pytest.raises(ValueError, match=r"trains training\.objective: ukd, not DJSRH"):
         Distilled(hasher, DJSRH())

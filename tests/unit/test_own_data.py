@@ -168,7 +168,7 @@ def test_names_and_several_labels():
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([0, 1], "2 labels for 3 images"),
+        ([0, 1], "2 labels for 3 items"),
         ([0, 1, None], "item 2 has the label None"),
         ([0.0, float("nan"), 1.0], "item 1 has the label nan"),
         ([0, -1, 1], "item 1 has the label -1"),
@@ -219,7 +219,7 @@ def test_labels_outside_of_the_names_are_refused():
         (np.zeros(ITEMS, np.uint8), "images are"),
         ([*PIXELS[1:], "missing.png"], "missing.png"),
         ([*PIXELS[1:], 5], "image 23: an image is a path"),
-        (PIXELS[:-1], "24 labels for 23 images"),
+        (PIXELS[:-1], "24 labels for 23 items"),
     ],
 )
 def test_images_that_are_none_are_refused(images, said):

@@ -8,8 +8,11 @@ import pytest
 import torch
 from helpers import Interrupted, MemoryLog, make_data, small_hasher, train_config
 
-from robusthash.objectives import CSQ, DPSH
+from robusthash.core.registry import build, catalogue
+from robusthash.models import build_hasher
+from robusthash.objectives import CSQ
 from robusthash.training import HashingRecipe, OptimConfig, TrainConfig, fit
+from robusthash.training.shallow_recipe import ShallowRecipe
 
 
 def trained(**options: object) -> dict[str, torch.Tensor]:
@@ -102,10 +105,35 @@ def test_training_items_without_any_label_are_refused_by_what_learns_from_labels
     data = make_data()
     assert data.train.labels is not None
     bare = replace(data, train=replace(data.train, labels=torch.zeros_like(data.train.labels)))
-    with pytest.raises(
-        ValueError, match=r"DPSH learns from labels, and none of the \d+ training items has one"
-    ):
-        fit(HashingRecipe(small_hasher(), DPSH()), bare, train_config(epochs=1))
+    for name in [card.name for card in catalogue("objective") if card.supervised]:
+        recipe = HashingRecipe(small_hasher(), build("objective", name))
+        with pytest.raises(
+            ValueError, match=f"^{name} learns from labels, and none of the 48 training items has one; label"
+        ):
+            fit(recipe, bare, train_config(epochs=1))
+
+
+@pytest.mark.parametrize("items", [48, 1])
+def test_training_items_with_the_same_labels_are_refused_by_what_learns_from_labels(items: int) -> None:
+    train = make_data().train.take(torch.arange(items))
+    assert train.labels is not None
+    data = replace(make_data(), train=replace(train, labels=train.labels[:1].repeat(items, 1)))
+    for name in [card.name for card in catalogue("objective") if card.supervised]:
+        recipe = HashingRecipe(small_hasher(), build("objective", name))
+        said = (
+            f"^{name} learns from labels, and all {items} training items have the same, so there is no pair"
+        )
+        with pytest.raises(ValueError, match=said):
+            fit(recipe, data, train_config(epochs=1))
+
+
+def test_a_method_that_needs_no_labels_is_solved_on_items_of_one_class() -> None:
+    data = make_data()
+    assert data.train.labels is not None
+    one = torch.eye(3)[torch.zeros(len(data.train), dtype=torch.int64)]
+    hasher = build_hasher(bits=8, image={"name": "features", "inputs": 3 * 12 * 12}, head="linear")
+    recipe = ShallowRecipe(hasher, CSQ(), "itq")
+    assert len(fit(recipe, replace(data, train=replace(data.train, labels=one)), train_config(1))) == 1
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

@@ -116,6 +116,12 @@ def card_of(make: Callable[..., Any]) -> Card | None:
     return next((known for known in _CARDS.values() if known.make is make), None)
 
 
+def name_of(part: object) -> str:
+    """The registered name of an object's class, as recipes write it; else the name of the class."""
+    known = card_of(type(part))
+    return type(part).__name__ if known is None else known.name
+
+
 def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str, Any]]:
     """The card and the checked options of ``settings``: "csq", or {"name": "csq", "quantisation": 1e-4}.
 

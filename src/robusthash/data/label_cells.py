@@ -179,7 +179,7 @@ def read_labels(
     if not isinstance(labels, np.ndarray | Tensor) and not hasattr(labels, "__len__"):
         raise ValueError(f"labels are an array or a list, one for each item, got {type(labels).__name__}")
     if len(labels) != count:
-        raise ValueError(f"{len(labels)} labels for {count} images; each image has its own")
+        raise ValueError(f"{len(labels)} labels for {count} items; each item has its own")
     if isinstance(labels, np.ndarray | Tensor) and labels.ndim != 1:
         return _columns(np.asarray(labels), names)
     rows = list(labels.tolist() if isinstance(labels, np.ndarray | Tensor) else labels)
@@ -218,8 +218,10 @@ def _columns(values: np.ndarray, names: Sequence[str] | None) -> tuple[Tensor, t
             "classes or more; use labels[:, 0] where one column holds the classes"
         )
     if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
-        some = values[~np.isin(values, (0, 1))][0] if values.dtype.kind in "biuf" else values.flat[0]
-        raise ValueError(f"multi-hot labels are 0 and 1, got {some}; class numbers are of shape (N,)")
+        others = values[~np.isin(values, (0, 1))] if values.dtype.kind in "biuf" else values.reshape(-1)
+        raise ValueError(
+            f"multi-hot labels are 0 and 1, got {others.tolist()[0]!r}; class numbers are of shape (N,)"
+        )
     if names is not None and len(names) != values.shape[1]:
         raise ValueError(f"{len(names)} label names for {values.shape[1]} columns")
     named = tuple(map(str, range(values.shape[1]) if names is None else names))

@@ -52,6 +52,7 @@ class AdversarialTraining(Recipe):
             raise ValueError(f"warmup is a share of training in [0, 1), got {warmup:g}")
         check_needs(attack, outer, objective)
         self.hasher = hasher
+        self.objective = objective
         self.attack = attack
         self.outer = outer
         self.warmup = warmup

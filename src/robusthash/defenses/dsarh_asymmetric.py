@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robusthash.attacks.base import Attack
 from robusthash.core.hamming import pack, sign
-from robusthash.core.registry import register
+from robusthash.core.registry import name_of, register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, LossTerms
 from robusthash.data.base import RetrievalData, Split
@@ -66,7 +66,7 @@ class Asymmetric(Recipe):
         database: Literal["learned", "network"] = "learned",
     ) -> None:
         if not isinstance(objective, ADSH):
-            passed = type(objective).__name__
+            passed = name_of(objective)
             raise ValueError(f"the recipe 'asymmetric' solves codes of the objective 'adsh', not of {passed}")
         if len(hasher.modalities) != 1:
             has = list(hasher.modalities)
@@ -81,6 +81,7 @@ class Asymmetric(Recipe):
             if word not in (one, other):
                 raise ValueError(f"{name} must be {one!r} or {other!r}, got {word!r}")
         self.hasher = hasher
+        self.objective = objective
         self.items = items
         self.inner_epochs = inner_epochs
         self.start = start

@@ -180,17 +180,31 @@ class Layered(Encoder):
 class UnchangedValues(Encoder):
     """The values of an item as they are, (B, ...) -> (B, D); with ``unit`` at length one."""
 
+    one: Tensor
+
     def __init__(self, width: int, unit: bool) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"features need at least one value an item, got {width}")
         self.width = width
         self.unit = unit
+        self.register_buffer("one", torch.ones(()), persistent=False)  # knows the dtype of the hasher
 
     def forward(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        shape = tuple(values.shape)
+        if len(shape) < 2:
+            raise ValueError(
+                f"the encoder 'features' takes items in rows, (N, {self.width}), got {shape}; of one item "
+                "give values[None]"
+            )
         flat = values.flatten(1)
+        if isinstance(flat, Tensor) and flat.is_floating_point():  # not the bounds of a certificate
+            broken = torch.nonzero(~flat.isfinite().all(1)).flatten()
+            if len(broken):
+                many = f"{len(broken)} of {len(flat)} items, the first at {int(broken[0])}"
+                raise ValueError(f"features are NaN or infinite in {many}; leave these items out")
+            flat = flat.to(self.one.dtype)
         if flat.shape[1] != self.width or not flat.is_floating_point():
-            shape = tuple(values.shape)
             raise ValueError(
                 f"the encoder 'features' has {self.width} values an item, and these come as {values.dtype} "
                 f"{shape}; set hasher.image.inputs to their number, for images channels x height x width"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
-from robusthash.core.registry import register
+from robusthash.core.registry import name_of, register
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
 from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts, quantisation
 
@@ -122,12 +122,9 @@ class ADSH(HashObjective):
 
     def setup(self, facts: TrainFacts) -> None:
         self.items.fill_(facts.items)
-        share = facts.share_similar
+        facts.refuse_one_sided(name_of(self))
         if self.soft:
-            if not 0.0 < share < 1.0:
-                reason = f"a share of {share:g} is similar (set soft: false)"
-                raise ValueError(f"ADSH needs similar and dissimilar pairs; {reason}")
-            self.dissimilar.fill_(share / (1.0 - share))
+            self.dissimilar.fill_(facts.share_similar / (1.0 - facts.share_similar))
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
         bits = codes.shape[1]

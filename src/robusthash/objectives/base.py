@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
+from robusthash.core.registry import name_of
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs, Reference
 from robusthash.data.base import Split
 
@@ -39,12 +40,27 @@ class TrainFacts:
         return self.labels.shape[1]
 
     def refuse_one_sided(self, name: str) -> None:
-        """A ``ValueError`` where every training item shares a label with every other, or there are none."""
-        if self.classes and self.share_similar == 1.0:
+        """A ``ValueError`` where every training item shares a label with every other, or none has one."""
+        refuse_labels(name, self.labels, self.items)
+        if self.share_similar == 1.0:
             raise ValueError(
                 f"{name} learns from items that share no label, and all training items share one; give "
                 "labels that tell them apart, or take an unsupervised objective"
             )
+
+
+def refuse_labels(name: str, labels: Tensor | None, items: int) -> None:
+    """A ``ValueError`` where the labels of the training items teach nothing: none, or all the same."""
+    remedy = "or take an objective without labels (robusthash list objective)"
+    if labels is None or not bool((labels > 0).any()):
+        raise ValueError(
+            f"{name} learns from labels, and none of the {items} training items has one; label some, {remedy}"
+        )
+    if bool((labels == labels[0]).all()):
+        raise ValueError(
+            f"{name} learns from labels, and all {items} training items have the same, so there is no pair "
+            f"to tell apart; add items with other labels, {remedy}"
+        )
 
 
 def share_similar(labels: Tensor, block: int = 1024) -> float:
@@ -139,7 +155,7 @@ class HashObjective(nn.Module, ABC):
     def both_labels(self, batch: Batch, memory: CodeMemory) -> tuple[Tensor, Tensor]:
         """Labels of the batch and of the memory."""
         if batch.labels is None or memory.labels is None:
-            raise ValueError(f"{type(self).__name__} is supervised, and this batch has no labels")
+            raise ValueError(f"{name_of(self)} is supervised, and this batch has no labels")
         return batch.labels, memory.labels
 
     def pairs(self, outputs: Outputs, memory: CodeMemory) -> list[tuple[HashOutput, Tensor]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from robusthash.core.labels import relevant
-from robusthash.core.registry import register
+from robusthash.core.registry import name_of, register
 from robusthash.core.types import HashOutput
 from robusthash.objectives.base import HashObjective, TrainFacts, quantisation
 
@@ -32,9 +32,8 @@ class WeightedPairs(HashObjective):
 
     def setup(self, facts: TrainFacts) -> None:
         if self.balance:
+            facts.refuse_one_sided(name_of(self))
             share = facts.share_similar
-            if not 0.0 < share < 1.0:
-                raise ValueError(f"cannot balance pairs: a share of {share:g} of them is similar")
             self.similar_weight.fill_((1.0 - share) / share)
 
     @abstractmethod
@@ -135,9 +134,8 @@ class HashNet(HashObjective):
         return (1.0 + self.gamma * (int(self.steps) // self.every * self.every)) ** 0.5
 
     def setup(self, facts: TrainFacts) -> None:
+        facts.refuse_one_sided(name_of(self))
         share = facts.share_similar
-        if not 0.0 < share < 1.0:
-            raise ValueError(f"HashNet needs similar and dissimilar pairs; a share of {share:g} is similar")
         self.weights.copy_(torch.tensor([1.0 / (1.0 - share), 1.0 / share]))
 
     def advance(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from robusthash.core.labels import relevant
-from robusthash.core.registry import build
+from robusthash.core.registry import build, name_of
 from robusthash.core.types import Batch, HashOutput, Outputs
 from robusthash.data.base import Split, batches
 from robusthash.models.hasher import frozen
@@ -44,7 +44,7 @@ class Unsupervised(HashObjective):
         if set(facts.widths) != {"image", "text"}:
             has = " and ".join(facts.widths) or "nothing"
             raise ValueError(
-                f"{type(self).__name__} learns from pairs of an image and its text, and this hasher encodes "
+                f"{name_of(self)} learns from pairs of an image and its text, and this hasher encodes "
                 f"{has} alone; set hasher.image and hasher.text, and take data with both"
             )
 
@@ -93,7 +93,7 @@ class FixedSimilarity(Unsupervised):
     def setup(self, facts: TrainFacts) -> None:
         super().setup(facts)
         if facts.split is None:
-            raise ValueError(f"{type(self).__name__} needs the training items themselves for its features")
+            raise ValueError(f"{name_of(self)} needs the training items themselves for its features")
         for name, choice in self.features.items():
             setattr(self, f"fixed_{name}", fixed_features(facts.split, name, choice, facts.encoders))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from robusthash.core.registry import build, register
+from robusthash.core.registry import build, name_of, register
 from robusthash.core.types import Batch, LossTerms
 from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher
@@ -43,13 +43,13 @@ class Distilled(HashingRecipe):
     ) -> None:
         super().__init__(hasher, objective)
         if not isinstance(objective, UKD):
-            raise ValueError(f"recipe 'ukd' trains training.objective: ukd, not {type(objective).__name__}")
+            raise ValueError(f"recipe 'ukd' trains training.objective: ukd, not {name_of(objective)}")
         if teacher_epochs < 1:
             raise ValueError(f"teacher_epochs must be at least 1, got {teacher_epochs}")
         teacher_objective = build("objective", teacher)
         if teacher_objective.supervised:
             raise ValueError(
-                f"the teacher of 'ukd' is unsupervised, and {type(teacher_objective).__name__} needs labels"
+                f"the teacher of 'ukd' is unsupervised, and {name_of(teacher_objective)} needs labels"
             )
         self.student = objective
         self.teacher_epochs = teacher_epochs

@@ -235,7 +235,8 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
         FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
         KeyError: an optimiser group that the configuration does not know.
         ValueError: gradients are off; a model that is searched by its numbers; settings of a group that the
-            recipe does not have; batches of one item, and a layer that normalises over the batch alone.
+            recipe does not have; batches of one item, and a layer that normalises over the batch alone;
+            labels from which a supervised objective learns nothing.
     """
     if not torch.is_grad_enabled():
         raise ValueError("fit needs gradients; call it outside of torch.no_grad() and inference_mode()")
@@ -244,10 +245,10 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
     device = choose_device(config.device)
     seed_everything(config.seed)
     recipe.hasher.to(device)
+    check_labels(recipe, data.train)  # before setup, which would name another cause
     data = recipe.enlarged(data)
     with divided_among_processes(recipe.hasher):
         recipe.setup(data, config.seed, config.batch_size)
-        check_labels(recipe, data)
         lines = _train(recipe, data, config, device, run)
     recipe.hasher.freeze([])
     recipe.hasher.eval()

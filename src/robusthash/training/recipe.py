@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from robusthash.core.registry import card_of, register
+from robusthash.core.registry import card_of, name_of, register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, LossTerms, Outputs
 from robusthash.data.base import RetrievalData, Split, batches
 from robusthash.models.external.wrap import require_hasher
 from robusthash.models.hasher import Encoder, Hasher, frozen
 from robusthash.models.heads import MetaEmbeddingHead
-from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts, share_similar
+from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts, refuse_labels, share_similar
 
 FIGURES = "figures"
 """In place of a group's name: such terms of a recipe are averaged into the log and not optimised."""
@@ -49,6 +49,13 @@ class Recipe(ABC):
     """It makes no sense on a new net: a recipe file must say ``init_from``."""
 
     hasher: Hasher
+    objective: HashObjective
+
+    @property
+    def learns_from_labels(self) -> bool:
+        """Training is refused where labels are missing or all the same."""
+        card = card_of(type(self))
+        return self.objective.supervised and (card is None or card.supervised)
 
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:
@@ -99,15 +106,10 @@ def train_facts(split: Split, hasher: Hasher, seed: int) -> TrainFacts:
     )
 
 
-def check_labels(recipe: Recipe, data: RetrievalData) -> None:
-    """Refuse training items of which none has a label, where the recipe learns from labels."""
-    objective, card, labels = recipe.modules().get("objective"), card_of(type(recipe)), data.train.labels
-    needed = isinstance(objective, HashObjective) and objective.supervised and (not card or card.supervised)
-    if needed and labels is not None and not (labels > 0).any():
-        raise ValueError(
-            f"{type(objective).__name__} learns from labels, and none of the {len(labels)} training items "
-            "has one; label some, or take an objective without labels (robusthash list objective)"
-        )
+def check_labels(recipe: Recipe, split: Split) -> None:
+    """Refuse training items whose labels teach nothing, where the recipe learns from labels."""
+    if recipe.learns_from_labels:
+        refuse_labels(name_of(recipe.objective), split.labels, len(split))
 
 
 def check_modalities(hasher: Hasher, data: RetrievalData) -> None:

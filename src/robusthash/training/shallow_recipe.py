@@ -13,11 +13,12 @@ from robusthash.core.registry import build, register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, LossTerms
 from robusthash.data.base import RetrievalData, Split, batches
+from robusthash.data.label_cells import Labels, read_labels
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.models.heads import KernelHead, LinearHead
 from robusthash.models.image_encoders import UnchangedValues
 from robusthash.objectives.base import HashObjective
-from robusthash.objectives.shallow.base import Projection, ShallowMethod, solve
+from robusthash.objectives.shallow.base import Projection, ShallowMethod, check_same_items, solve
 from robusthash.training.recipe import Moment, Recipe, check_modalities, train_facts
 
 Component = str | Mapping[str, Any]
@@ -39,6 +40,7 @@ class ShallowRecipe(Recipe):
     """
 
     groups = ("hasher",)
+    learns_from_labels = False  # the objective is not trained, and ``solve`` looks at what its method needs
     data_parallel = False
     new_heads = True
 
@@ -127,10 +129,20 @@ def _set_linear(head: LinearHead, projection: Projection, features: Tensor) -> N
     head.size.fill_(max(float(projection(features.double()).abs().mean()), 1e-12))
 
 
+def _feature_rows(name: str, values: np.ndarray | Tensor) -> Tensor:
+    """(N, D) float32 of one modality."""
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} features are numbers, got an array of {array.dtype}; give one of floats")
+    if array.ndim != 2 or array.shape[1] < 1:
+        raise ValueError(f"{name} features are (N, D), an item a row, got {array.shape}")
+    return torch.from_numpy(array.astype(np.float32))
+
+
 def shallow_hasher(
     method: Component,
     features: Mapping[str, np.ndarray | Tensor],
-    labels: np.ndarray | Tensor | None = None,
+    labels: Labels | None = None,
     bits: int = 32,
     anchors: int = 0,
     seed: int = 0,
@@ -140,35 +152,32 @@ def shallow_hasher(
     Args:
         method: a name of kind ``shallow``, or its settings.
         features: by modality (``image``, ``text``), (N, D) of the same N training items.
-        labels: (N, C) multi-hot.
+        labels: of these items, in the forms of ``RetrievalData.from_arrays``.
         bits: K.
         anchors: of the head ``kernel``; 0 takes the head ``linear``.
 
     Raises:
-        ValueError: whatever the method refuses.
+        ValueError: another shape, labels that do not fit, whatever the method refuses.
 
     Example:
         >>> hasher = shallow_hasher("itq", {"image": vectors}, bits=16)
         >>> hasher({"image": torch.from_numpy(others)})["image"].logits >= 0
     """
-    if not isinstance(bits, int | np.integer) or bits < 1:
-        raise ValueError(f"bits must be a whole number from 1, got {bits!r}")
+    for option, value, least in (("bits", bits, 1), ("anchors", anchors, 0)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{option} must be a whole number from {least}, got {value!r}")
+    if not isinstance(features, Mapping):
+        kind = type(features).__name__
+        raise ValueError(f"features are (N, D) arrays by modality, got {kind}; give {{'image': vectors}}")
     if not features:
         raise ValueError("features holds nothing; give (N, D) arrays by modality, {'image': vectors}")
-    rows = {name: torch.as_tensor(values).float() for name, values in features.items()}
-    for name, values in rows.items():
-        if values.ndim != 2 or values.shape[1] < 1:
-            raise ValueError(f"{name} features are (N, D), got {tuple(values.shape)}")
+    rows = {name: _feature_rows(name, values) for name, values in features.items()}
+    check_same_items(rows)
+    known = None if labels is None else read_labels(labels, len(next(iter(rows.values()))))[0]
     torch.manual_seed(seed)
     encoders = {name: UnchangedValues(values.shape[1], unit=False) for name, values in rows.items()}
     widths = {name: encoder.width for name, encoder in encoders.items()}
     heads = {n: KernelHead(w, bits, anchors) if anchors else LinearHead(w, bits) for n, w in widths.items()}
     hasher = Hasher(encoders, heads)
-    known = None if labels is None else torch.as_tensor(labels).float()
-    if known is not None and (known.ndim != 2 or any(len(known) != len(values) for values in rows.values())):
-        raise ValueError(
-            f"labels are (N, C) multi-hot of the same items as the features, got {tuple(known.shape)}; of "
-            "class numbers make np.eye(C)[numbers]"
-        )
     solve_heads(hasher, build("shallow", method), rows, known, Draws(seed, ("shallow",)))
     return hasher.eval()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robusthash.core.labels import relevant
+from robusthash.core.registry import name_of
 from robusthash.core.runtime import Draws
 
 
@@ -95,7 +96,7 @@ def solve(
     fewer items than bits, no labels for a supervised method, or labels by which no two items differ; a result
     by which all items have one code.
     """
-    name = type(method).__name__
+    name = name_of(method)
     _check_modalities(name, method.modalities, list(features))
     values = {modality: rows.detach().cpu().double() for modality, rows in features.items()}
     for modality, rows in values.items():
@@ -104,9 +105,11 @@ def solve(
             many = f"{len(broken)} of {len(rows)} training items, the first at {int(broken[0])}"
             raise ValueError(f"{modality} features hold NaN or infinite values in {many}")
         if len(rows) < max(2, bits):
-            raise ValueError(f"{bits} bits need at least as many training items, and there are {len(rows)}")
-    if len({len(rows) for rows in values.values()}) > 1:
-        raise ValueError(f"features of different items: { ({m: len(rows) for m, rows in values.items()}) }")
+            raise ValueError(
+                f"{bits} bits need at least {max(2, bits)} training items, and there are {len(rows)}; "
+                "take fewer bits (hasher.bits), or more items"
+            )
+    check_same_items(values)
     if method.supervised:
         _check_labels(name, labels, method.pairwise)
     means = {modality: rows.mean(0) for modality, rows in values.items()}
@@ -131,6 +134,13 @@ def solve(
         weights = projection.weights / scales[modality]
         result[modality] = Projection(weights, projection.offset - means[modality] @ weights)
     return result
+
+
+def check_same_items(features: Mapping[str, Tensor]) -> None:
+    """Refuse features of modalities that differ in their number of rows."""
+    if len({len(rows) for rows in features.values()}) > 1:
+        counts = " and ".join(f"{len(rows)} of {modality}" for modality, rows in features.items())
+        raise ValueError(f"there are features {counts}; give each item a row in every modality")
 
 
 def _check_modalities(name: str, expected: int, modalities: list[str]) -> None:
