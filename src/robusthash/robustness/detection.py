@@ -183,7 +183,7 @@ def detect(
             weight that is not positive, or inputs that cannot be denoised.
     """
     if not attacks:
-        raise ValueError("no attack changes the queries of this direction; name one")
+        raise ValueError(f"no attack on the {context.direction[0]} is given; give one")
     check_numbers(false_alarms, weights)
     modality, victim = context.direction[0], context.victim
     codes = _sampled(context.codes)
