@@ -165,6 +165,12 @@ def test_the_ancestor_has_the_net_of_the_run_that_asks_for_it(recipe, tmp_path):
     assert load_run(ancestor).card()["hasher"]["image"] == run.card()["hasher"]["image"]
 
 
+@pytest.mark.parametrize(("start", "what"), [("nowhere", "run"), ("nowhere.yaml", "file")])
+def test_a_start_that_is_not_there_is_named_by_its_setting(call, recipe, tmp_path, start, what):
+    said = call("train", recipe, "--runs", tmp_path / "runs", "--set", f"training.init_from={start}")[2]
+    assert f"training.init_from is '{start}', and there is no such {what}: name the directory" in said
+
+
 def test_killed_training_goes_on_to_the_same_result(tmp_path):
     """kill -9 after the first checkpoint; the same command ends with the same weights as an uninterrupted
     run."""

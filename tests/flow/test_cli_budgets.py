@@ -113,6 +113,13 @@ def test_attacks_take_a_budget_by_name() -> None:
     assert attack_under("mainstay", "txt-linf-0.1", None, None)["modality"] == "text"
     with pytest.raises(ValueError, match="has 'eps', and img-linf-4 is asked for"):
         attack_under("{name: hag, eps: 2/255}", "img-linf-4", None, None)
+    assert attack_under("token-swaps", "txt-token-1", None, None) == {"name": "token-swaps", "swaps": 1}
+    for budget, unit, maker in (
+        ("txt-bow-3", "edits", "text-edits"),
+        ("txt-token-1", "swaps", "token-swaps"),
+    ):
+        with pytest.raises(ValueError, match=f"{budget} is a budget of {unit} .* take --attack {maker}"):
+            attack_under("mainstay", budget, None, None)
     for nothing in (
         "{name: pgd, steps: 2, eps: 0}",
         "{name: hag, eps: 0/255}",

@@ -60,10 +60,13 @@ def test_attacks_of_the_recipe_are_judged_and_the_copy_shows_the_same(call, run,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "no attack changes|takes 29 clean queries"),
-        (("--queries", 40, "--false-alarms", 0), "between 0 and 1"),
+        ((), "takes 29 clean queries"),
+        (("--queries", 40, "--false-alarms", 0), "above 0 and below 1"),
         (("--queries", 40, "--false-alarms", 0.2, "--weight", 0), "positive"),
-        (("--queries", 40, "--direction", "T2I"), "no attack changes the queries"),
+        (
+            ("--queries", 40, "--direction", "T2I"),
+            "give an attack on texts, as --attack '{name: mainstay, mod",
+        ),
     ],
 )
 def test_what_cannot_be_judged_is_refused_in_a_line(call, run: Run, options: tuple, said: str) -> None:

@@ -21,7 +21,7 @@ from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.run_files import sealed
-from robusthash.attacks.generator_training import read
+from robusthash.attacks.generator_file import read
 from robusthash.core.directory_lock import LOCK, InUse, owned
 from robusthash.core.runtime import choose_device, computing_on
 
@@ -304,6 +304,9 @@ def test_a_generator_that_is_asked_for_is_written_where_its_blocks_are_stored(ca
     assert call("evaluate", run, "--attack", json.dumps({**made, "generator": str(file)}))[0] == 0
     assert {path: path.stat().st_mtime_ns for path in run.glob("attacks/*/*.npz")} == times
     assert read(file)["epoch"] == 1
+    file.write_bytes(file.read_bytes()[:100])
+    said = said_in_one_line(call, "evaluate", run, "--attack", json.dumps({**made, "generator": str(file)}))
+    assert "is no file of a generator" in said
 
 
 def test_an_attack_is_not_added_to_results_of_other_queries(call, run):

@@ -22,7 +22,7 @@ from robusthash.defenses.adversarial_query_detector import (
 )
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.models.encoding import encode_signs
-from robusthash.robustness.detection import _Outcome, auc, detect, most_harmful
+from robusthash.robustness.detection import _Halves, _Outcome, auc, detect, most_harmful
 
 
 def output(logits: torch.Tensor, smooth: torch.Tensor) -> HashOutput:
@@ -85,11 +85,22 @@ def test_limits_are_where_a_query_begins_to_be_caught() -> None:
     assert detector.caught(inside).tolist() == [False, True]
 
 
-@pytest.mark.parametrize(("rate", "items", "said"), [(0.0, 50, "between 0 and 1"), (0.01, 50, "149 clean")])
+@pytest.mark.parametrize(
+    ("rate", "items", "said"), [(0.0, 50, "above 0 and below 1"), (0.01, 50, "149 clean")]
+)
 def test_rates_that_cannot_be_shown_are_refused_with_one_that_can(rate: float, items: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         AdversarialQueryDetector(torch.rand(items, 3), rate)
     assert AdversarialQueryDetector(torch.rand(items, 3), 0.03).limit < 9.0  # the rate that the line offers
+
+
+def test_the_rate_of_the_refusal_is_enough_for_the_smaller_half() -> None:
+    clean = torch.rand(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"there are 2 .*, or a rate of at least 0\.5$"):
+        _Halves.of(clean, 0.05, seed=0)
+    _Halves.of(clean, 0.5, seed=0)
+    with pytest.raises(ValueError, match=r"take more queries$"):
+        _Halves.of(clean[:2], 0.05, seed=0)
 
 
 def test_the_loss_of_who_knows_it_adds_what_is_beyond_the_limits() -> None:
@@ -155,7 +166,7 @@ def test_who_knows_it_is_caught_less(context: EvaluationContext) -> None:
     assert set(rows["adaptive"].by) == set(CRITERIA)
     again = detect(context, [("mainstay", attack)], 0.3, [0.1])
     assert again == found
-    with pytest.raises(ValueError, match="name one"):
+    with pytest.raises(ValueError, match="give one"):
         detect(context, [], 0.1)
     with pytest.raises(ValueError, match="positive"):
         detect(context, [("mainstay", attack)], 0.1, [0.0])

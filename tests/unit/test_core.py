@@ -324,12 +324,21 @@ def test_registry_builds_by_name_options_and_context() -> None:
     assert registry.catalogue("vegetable") == []
 
 
+def test_errors_of_attacks_name_the_verb_of_a_search() -> None:
+    with pytest.raises(ValueError, match="the name of an attack is a text, got 3"):
+        registry.build("attack", {"name": 3})
+    with pytest.raises(KeyError, match="by oracle queries: 'robusthash questions RUN --search nes' runs it"):
+        registry.build("attack", "nes")
+
+
 @pytest.mark.usefixtures("shelf")
 def test_registry_errors_offer_the_nearest() -> None:
     with pytest.raises(
         KeyError, match=r"no fruit is called 'aple'; did you mean 'apple'\? Known: apple, pear"
     ):
         registry.build("fruit", "aple")
+    with pytest.raises(ValueError, match="the name of a fruit is a text, got 3"):
+        registry.build("fruit", {"name": 3})
     with pytest.raises(KeyError, match="'apple' takes no 'wieght'; did you mean 'weight'"):
         registry.build("fruit", {"name": "apple", "wieght": 2})
     with pytest.raises(KeyError, match="needs a 'name'"):

@@ -239,8 +239,6 @@ def test_on_a_linear_hash_the_step_costs_eps_times_the_slope() -> None:
     logits = hasher({"image": x})["image"].logits
     slope = ((1 - torch.tanh(logits) ** 2) * sign(logits)) @ weights / 2
     assert torch.allclose((x - moved).flatten(), 0.01 * slope.flatten().sign(), atol=1e-6)
-    still, _ = ImageStepAway(eps=0.0)(x, lambda v: hasher._hash("image", v))
-    assert torch.equal(still, x)
 
 
 def test_attackers_get_a_gradient_that_is_not_the_identity_s(warm: Hasher, data: RetrievalData) -> None:
@@ -293,5 +291,6 @@ def test_another_purifier_or_none_is_refused(warm: Hasher) -> None:
     other = purified(copy.deepcopy(warm), {"image": {"name": "drfgd-image", "width": 4}}, "query")
     with pytest.raises(ValueError, match="image purifier is another"):
         TPAP(other, DPSH(), attack)
-    with pytest.raises(ValueError, match="0 to 1"):
-        ImageStepAway(eps=8.0)
+    for eps in (8.0, 0.0):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            ImageStepAway(eps=eps)

@@ -294,7 +294,7 @@ def test_blocks_that_an_older_version_kept_join_with_new_ones(context):
 
 
 def test_a_direction_that_the_victim_lacks_is_refused(victim, data):
-    with pytest.raises(ValueError, match="text"):
+    with pytest.raises(ValueError, match="T2I needs codes of texts, and this hasher reads images alone"):
         make_context(victim, data, direction=("text", "image"))
 
 

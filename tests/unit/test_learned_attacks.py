@@ -21,7 +21,7 @@ from robusthash.attacks.cmla import CMLALoss
 from robusthash.attacks.dacm import shared_basis
 from robusthash.attacks.eqb2a import Knockoff, listed, ranking_loss, relaxed_distance
 from robusthash.attacks.generator import Prototyped, judged, target_loss
-from robusthash.attacks.generator_training import GeneratorFile, read
+from robusthash.attacks.generator_file import GeneratorFile, read
 from robusthash.attacks.losses import SDHATargetedLoss
 from robusthash.attacks.nag import NoiseInduced
 from robusthash.core.hamming import sign
@@ -257,6 +257,31 @@ def test_a_file_with_another_header_is_no_generator(world, tmp_path, header):
         make_attack("pros-gan", world.objective, generator=str(tmp_path / "generator.pt"), transfer=True)
     with pytest.raises(ValueError, match="is no file in a folder that exists"):
         make_attack("pros-gan", world.objective, generator=str(tmp_path))
+
+
+def test_one_changed_weight_of_a_generator_file_is_noticed(world, tmp_path):
+    file = tmp_path / "generator.pt"
+    own = make_attack("pros-gan", world.objective, generator=str(file))
+    world.fitted(own)
+    stored = torch.load(file, weights_only=True)
+    next(iter(stored["state"]["nets"].values())).view(-1)[0] += 1e-3
+    torch.save(stored, file)
+    with pytest.raises(ValueError, match=r"not those that were trained: .*delete it to train again"):
+        world.fitted(own)
+    with pytest.raises(ValueError, match="not those that were trained"):
+        make_attack("pros-gan", world.objective, generator=str(file), transfer=True)
+
+
+def test_a_generator_file_of_another_attack_or_size_is_named(pairs, tmp_path):
+    file = str(tmp_path / "generator.pt")
+    pairs.fitted(make_attack("pros-gan", pairs.objective, generator=file))
+    for transfer in (True, False):
+        with pytest.raises(ValueError, match="is a generator of pros-gan, not of ta-dch; name another"):
+            pairs.fitted(make_attack("ta-dch", pairs.objective, generator=file, transfer=transfer))
+    other = replace(pairs, victim=trained_hasher(pairs.data, epochs=2))
+    wider = make_attack("pros-gan", pairs.objective, generator=file, transfer=True, width=8)
+    with pytest.raises(ValueError, match="nets of other sizes; give the width and hidden that it"):
+        other.fitted(wider)
 
 
 def test_bad_input_is_named(world):

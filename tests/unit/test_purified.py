@@ -98,6 +98,19 @@ def test_a_purifier_for_nothing_is_refused() -> None:
         Hasher({"image": Flat()}, {"image": LinearHead(torch.ones(2, 3))}, purifiers={"text": Halve()})
 
 
+@pytest.mark.parametrize(
+    ("modality", "name", "said"),
+    [
+        ("text", "tpap-image", "tpap-image is for images; for texts take tpap-text"),
+        ("image", "drfgd-text", "drfgd-text is for texts; for images take drfgd-image"),
+        ("text", "spectral-gate", "spectral-gate is for images; leave it out for texts"),
+    ],
+)
+def test_a_purifier_of_the_other_modality_is_refused(modality: str, name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_hasher(bits=8, text="mlp", vocabulary=4, purifiers={modality: {"name": name}})
+
+
 def test_purified_keeps_the_hasher_and_says_so() -> None:
     hasher = small_hasher()
     if "test-halve" not in [card.name for card in catalogue("purifier")]:

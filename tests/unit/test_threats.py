@@ -99,8 +99,10 @@ def test_bad_names_and_settings() -> None:
         named_threat("img-linff-8")
     with pytest.raises(KeyError, match=r"no threat is called 'txt-bow-2\.5'"):
         named_threat("txt-bow-2.5")
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(ValueError, match="img-linf-N is in levels of 255, so N is at most 255"):
         named_threat("img-linf-800")
+    with pytest.raises(ValueError, match="txt-linf-N is in the range of texts, 0 to 1, so N is at most 1"):
+        named_threat("txt-linf-2")
     with pytest.raises(ValueError, match="two budgets for the image"):
         named_threat("img-linf-8+img-l2-1")
     with pytest.raises(ValueError, match="not 'txt-bow-3'"):

@@ -20,7 +20,7 @@ from robusthash.attacks.generator_training import (
 )
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.oracle import QueryOracle
-from robusthash.attacks.prosgan import Generated, Painted, painted
+from robusthash.attacks.painting import Generated, Painted, painted
 from robusthash.attacks.substitute import Substituted, answered_modalities, sample
 from robusthash.attacks.threat_model import Threat, image_threat
 from robusthash.core.hamming import sign

@@ -8,68 +8,36 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from robusthash.attacks.base import Attack, Guide, Loss, Score, Search, SearchResult, Select, Start
+from robusthash.attacks.base import Attack, Guide, Loss
 from robusthash.attacks.generator import Generator, Planes, TargetNet, target_loss
-from robusthash.attacks.generator_training import (
+from robusthash.attacks.generator_file import (
     GeneratorFile,
+    generator_key,
+    read,
+    require_attack,
+    require_match,
+    require_same,
+)
+from robusthash.attacks.generator_training import (
     GeneratorSchedule,
     GeneratorTask,
     change_weight,
-    generator_key,
-    read,
-    require_match,
-    require_same,
     seeded,
     train_generator,
 )
 from robusthash.attacks.guides import Anchor, known
 from robusthash.attacks.losses import Agreement
+from robusthash.attacks.painting import Generated, Painted, painted
 from robusthash.attacks.threat_model import Threat, image_threat
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws, show_progress
-from robusthash.core.types import Batch, Goal, Guidance, HashOutput, Inputs, Reference
+from robusthash.core.types import Batch, Goal, HashOutput, Reference
 from robusthash.data.base import RetrievalData
 from robusthash.models.encoding import state_digest
 from robusthash.models.hasher import Hasher
 
 _PUBLISHED = {"width": 64, "hidden": 4096, "rate": 1e-4}
-
-
-@dataclass(frozen=True)
-class Painted(Guidance):
-    """The code of each target, and the images that a generator made of the queries for it."""
-
-    inputs: Inputs = field(default_factory=dict)
-
-
-@register(
-    "attack-search", "generated", paper="ProS-GAN, CVPR 2021; TA-DCH, TCSVT 2023", evidence="paper+code"
-)
-@dataclass(frozen=True)
-class Generated(Search):
-    """No search: the inputs that the guide painted, brought into the budget. It passes through no victim."""
-
-    steps: int = 1
-    by_gradient = False
-    painted: Inputs | None = field(default=None, compare=False, repr=False)
-
-    def towards(self, guidance: Guidance) -> Generated:
-        if not isinstance(guidance, Painted):
-            raise ValueError("the search 'generated' takes what a guide painted, such as 'generator'")
-        return replace(self, painted=guidance.inputs)
-
-    def __call__(
-        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
-    ) -> SearchResult:
-        assert self.painted is not None
-        origin = {name: batch.inputs[name] for name in threat.balls}
-        return SearchResult(threat.project(self.painted, origin), torch.empty(0))
-
-
-def painted(output: Tensor, images: Tensor, eps: float | None) -> Tensor:
-    """Images of a generator's output in (-1, 1): the output itself (None), or a change of at most ``eps``."""
-    return (output + 1) / 2 if eps is None else (images + eps * output).clamp(0, 1)
 
 
 class TargetNets(nn.Module):
@@ -124,6 +92,11 @@ class TargetGenerator(Guide):
     def substitutes(self) -> bool:  # type: ignore[override]
         """A transferred generator needs no victim."""
         return bool(self.source)
+
+    @property
+    def made_by(self) -> str:
+        """The attack that a file of this generator names."""
+        return "ta-dch" if self.texts else "pros-gan"
 
     @property
     def schedule(self) -> GeneratorSchedule:
@@ -187,7 +160,7 @@ class TargetGenerator(Guide):
             guide = replace(guide, target_texts=(texts.to(victim.device), labels.to(victim.device)))
         if self.source:
             return guide._transferred(data, victim)
-        expected = generator_key(victim, data, self.eps)
+        expected = generator_key(self.made_by, victim, data, self.eps)
         if self.file is not None and self.file.is_file():
             require_same(self.file, read(self.file)["header"], expected)
         own = {
@@ -220,7 +193,7 @@ class TargetGenerator(Guide):
     def _transferred(self, data: RetrievalData, victim: Hasher) -> TargetGenerator:
         """The guide with the nets of the file, made for another model on the same kind of data."""
         assert self.file is not None
-        stored, here = read(self.file), generator_key(victim, data, self.eps)
+        stored, here = read(self.file), generator_key(self.made_by, victim, data, self.eps)
         header = stored["header"]
         if stored["epoch"] < header["epochs"]:
             raise ValueError(
@@ -237,7 +210,7 @@ class TargetGenerator(Guide):
             nets.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(
-                f"{self.file} holds nets of other sizes; give the width, hidden and blocks it was made with"
+                f"{self.file} holds nets of other sizes; give the width and hidden that it was made with"
             ) from error
         return replace(self, nets=nets.requires_grad_(False), target_texts=self.target_texts, fit_items=0)
 
@@ -310,9 +283,9 @@ def generator_attack(
     if transfer and file is not None:
         stored = read(file)
         header, source = stored["header"], state_digest(stored["state"]["nets"])
-        guide = replace(
-            guide, source=source, bounded=header["bounded"]
-        )  # as it was trained, whatever is said
+        require_attack(file, header, guide.made_by)
+        # as it was trained, whatever is said
+        guide = replace(guide, source=source, bounded=header["bounded"])
         name = f"{name} from {header['victim'][:8]}"
     threat = image_threat(8 / 255 if eps is None else eps, knowledge="T" if transfer else "W1")
     return Attack(name, replace(guide, file=file), loss, Generated(), threat, targeted=True)

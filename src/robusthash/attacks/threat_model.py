@@ -324,7 +324,12 @@ def named_threat(
 def _parsed(part: str, known: set[str]) -> tuple[str, Budget]:
     for pattern, modality, make in _PATTERNS:
         if match := re.fullmatch(pattern, part):
-            return modality, make(float(match[1]))
+            size = float(match[1])
+            if part.startswith("img-linf-") and size > 255:
+                raise ValueError(f"{part}: img-linf-N is in levels of 255, so N is at most 255")
+            if part.startswith("txt-linf-") and size > 1:
+                raise ValueError(f"{part}: txt-linf-N is in the range of texts, 0 to 1, so N is at most 1")
+            return modality, make(size)
     raise KeyError(
         f"no threat is called {part!r}{nearest(part, known)} Other numbers: img-linf-4, img-l2-1, img-l1-12, "
         "txt-bow-5."

@@ -86,6 +86,11 @@ def card(kind: str, name: str) -> Card:
     if (kind, name) not in _CARDS:
         _import_unread()
     if (kind, name) not in _CARDS:
+        if ("question-search", name) in _CARDS:
+            raise KeyError(
+                f"no {kind} is called {name!r}, which is a search by oracle queries: "
+                f"'robusthash questions RUN --search {name}' runs it"
+            )
         names = [known for other, known in _CARDS if other == kind]
         raise KeyError(f"no {kind} is called {name!r}{nearest(name, names)}")
     return _CARDS[kind, name]
@@ -133,7 +138,8 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
         raise ValueError(f"{kind} is a name, or a mapping with 'name' and options, got {settings!r}")
     options = {"name": settings} if isinstance(settings, str) else dict(settings)
     if not isinstance(options.get("name", ""), str):
-        raise ValueError(f"the name of a {kind} is a text, got {options['name']!r}")
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise ValueError(f"the name of {article} {kind} is a text, got {options['name']!r}")
     if "name" not in options:
         raise KeyError(f"{kind} needs a 'name', got {dict(options)}")
     entry = card(kind, options.pop("name"))

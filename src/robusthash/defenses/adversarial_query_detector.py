@@ -118,14 +118,16 @@ class AdversarialQueryDetector:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.false_alarms < 1.0:
-            raise ValueError(f"a false-alarm rate is a share between 0 and 1, got {self.false_alarms:g}")
+            raise ValueError(f"a false-alarm rate is a share above 0 and below 1, got {self.false_alarms:g}")
         judged = len(self.clean[self._judged])
         if self._place(judged) > judged:
             least = math.ceil(1.5 * (math.ceil(1 / self.false_alarms) - 1))
+            rate = math.ceil(1e3 / (judged + 1)) / 1e3
             raise ValueError(
                 f"a false-alarm rate of {self.false_alarms:g} takes {least} clean queries to calibrate by, "
-                f"and there are {len(self.clean)} (of a run, half of its queries): take more queries, or a "
-                f"rate of at least {math.ceil(1e3 / (judged + 1)) / 1e3:g}"
+                f"and there are {len(self.clean)} (of a run, half of its queries): take more queries"
+                + f", or a rate of at least {rate:g}"
+                * (rate < 1)
             )
 
     @property

@@ -306,8 +306,11 @@ def make_context(
         )
     protocol = load_protocol(protocol)
     direction = direction or (victim.modalities[0], victim.modalities[0])
-    if direction[0] not in victim.modalities or direction[1] not in victim.modalities:
-        raise ValueError(f"direction {direction} needs modalities beyond this hasher's: {victim.modalities}")
+    for missing in (modality for modality in direction if modality not in victim.modalities):
+        wanted, has = "2".join(part[0].upper() for part in direction), "s and ".join(victim.modalities)
+        raise ValueError(
+            f"the direction {wanted} needs codes of {missing}s, and this hasher reads {has}s alone"
+        )
     split, chosen = data.query, "all"
     if queries is not None:
         positions = stable_subset(split, queries)

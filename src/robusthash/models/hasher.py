@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robusthash.core.embeddings import Distance
 from robusthash.core.hamming import finite, sign
-from robusthash.core.registry import build
+from robusthash.core.registry import build, catalogue, check
 from robusthash.core.runtime import seed_everything
 from robusthash.core.types import HashOutput, Inputs, Outputs
 from robusthash.models.purifier import ProxyBackward
@@ -362,10 +362,24 @@ def purified(
     """The same hasher, its modules shared, with new purifiers (by modality) before its encoders."""
     seed_everything(seed)
     context = {"vocabulary": hasher.spec.get("vocabulary"), "bits": hasher.bits}
-    parts = {modality: build("purifier", settings, **context) for modality, settings in purifiers.items()}
+    parts = {}
+    for modality, settings in purifiers.items():
+        _require_purifier_of(modality, settings)
+        parts[modality] = build("purifier", settings, **context)
     declared = hasher.declared
     if declared in ("plain", "adversarial"):
         declared = next(iter(parts.values())).declares
     spec = {**hasher.spec, "purifiers": dict(purifiers), "sides": sides, "declared": declared}
     result = Hasher(dict(hasher.encoders), dict(hasher.heads), spec, declared, parts, sides)
     return result.to(hasher.device).to(memory_format=torch.channels_last)
+
+
+def _require_purifier_of(modality: str, settings: Component) -> None:
+    """Refuse a purifier that is registered for the other modality; of no modality it fits both."""
+    entry, _ = check("purifier", settings)
+    if entry.modality not in ("image", "text") or entry.modality == modality:
+        return
+    fits = (card for card in catalogue("purifier") if card.modality == modality and card.paper)
+    other = next((card.name for card in fits if card.paper == entry.paper), None)
+    remedy = f"for {modality}s take {other}" if other else f"leave it out for {modality}s"
+    raise ValueError(f"{entry.name} is for {entry.modality}s; {remedy}")

@@ -20,7 +20,7 @@ class StepAway(Purifier):
     ``RepairIdentity`` takes it for the identity.
 
     Args:
-        eps: length of the step, 0 or more; 0 is the identity.
+        eps: length of the step, above 0.
 
     Cost: a query costs two forward passes and a backward pass more than the bare hasher's one.
     Differs: the paper steps away from the predicted class, argmax f(x), of a classifier; there are no classes
@@ -29,8 +29,8 @@ class StepAway(Purifier):
 
     def __init__(self, eps: float) -> None:
         super().__init__()
-        if not 0.0 <= eps <= 1.0:
-            raise ValueError(f"eps is a length in the range of the inputs, 0 to 1, got {eps:g}")
+        if not 0.0 < eps <= 1.0:
+            raise ValueError(f"eps is a length above 0 and at most 1, the range of the inputs, got {eps:g}")
         self.eps = eps
 
     def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:

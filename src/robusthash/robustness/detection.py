@@ -82,13 +82,9 @@ class _Halves:
         order = Draws(seed, ("detector",)).uniform(torch.arange(len(clean)), ()).argsort()
         second = torch.zeros(len(clean), dtype=torch.bool)
         second[order[len(clean) // 2 :]] = True
-        return _Halves(
-            second,
-            (
-                AdversarialQueryDetector(clean[second], false_alarms),
-                AdversarialQueryDetector(clean[~second], false_alarms),
-            ),
-        )
+        # of an odd number this one knows fewer, so what it takes is enough for both
+        for_second = AdversarialQueryDetector(clean[~second], false_alarms)
+        return _Halves(second, (AdversarialQueryDetector(clean[second], false_alarms), for_second))
 
     def _joined(self, name: str, criteria: Tensor) -> Tensor:
         parts = [getattr(detector, name)(criteria) for detector in self.detectors]
@@ -159,7 +155,7 @@ def auc(clean: Tensor, attacked: Tensor) -> float:
 def check_numbers(false_alarms: float, weights: Sequence[float]) -> None:
     """Raise ValueError for numbers that ``detect`` refuses whatever the data are."""
     if not 0.0 < false_alarms < 1.0:
-        raise ValueError(f"a false-alarm rate is a share between 0 and 1, got {false_alarms:g}")
+        raise ValueError(f"a false-alarm rate is a share above 0 and below 1, got {false_alarms:g}")
     if not weights or not all(0.0 < weight < math.inf for weight in weights):
         raise ValueError(f"weights of the detector in the attack's loss are positive, got {list(weights)}")
 
@@ -187,7 +183,7 @@ def detect(
             weight that is not positive, or inputs that cannot be denoised.
     """
     if not attacks:
-        raise ValueError("no attack changes the queries of this direction; name one")
+        raise ValueError(f"no attack on the {context.direction[0]} is given; give one")
     check_numbers(false_alarms, weights)
     modality, victim = context.direction[0], context.victim
     codes = _sampled(context.codes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,24 @@ def detection(
             attack: Attack = build("attack", settings, objective=objective)
             if context.direction[0] in attack.threat.balls:
                 named[name] = attack
+        if not named:
+            raise ValueError(_not_changed(context.direction, plain))
         result = detect(context, list(named.items()), false_alarms, weights, progress).plain()
         result |= {"recipe": run.config.name, "model": run.card()["digest"]}
         result["settings"] = {name: attack.settings() for name, attack in named.items()}
         write_json(path, result)
     return result, path
+
+
+def _not_changed(direction: tuple[str, str], attacks: Collection[str]) -> str:
+    """The line on queries that none of these attacks changes."""
+    queries, other = ("texts", "images") if direction[0] == "text" else ("images", "texts")
+    ways = "2".join(part[0].upper() for part in direction)
+    example = "mainstay" if direction[0] == "image" else "'{name: mainstay, modality: text}'"
+    if not attacks:
+        return f"the recipe of the run names no attack; give one, as --attack {example}"
+    verb = "changes" if len(attacks) == 1 else "change"
+    return (
+        f"{' and '.join(attacks)} {verb} {other}, and the queries of {ways} are {queries}: "
+        f"give an attack on {queries}, as --attack {example}"
+    )

@@ -21,7 +21,7 @@ from robusthash.core.identity import identity
 from robusthash.core.plugins import source_digests, sources
 from robusthash.core.processes import owned_together, rank, wait_for_others
 from robusthash.core.registry import build, check
-from robusthash.core.runtime import Progress, silent
+from robusthash.core.runtime import Progress, shown_by, silent
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.context import EvaluationContext, make_context
@@ -278,12 +278,12 @@ def attacked_queries(
         described |= {"plugins": used} if (used := sources(settings)) else {}
         write_json(folder / "config.json", described)
     wait_for_others()
-    attacked = attack_all(
+    if attack.guide.file is not None:  # read or written even where all blocks are stored
+        with shown_by(progress):
+            context.fitted(attack)
+    return attack_all(
         context, attack, context.victim.as_seen_from(view), progress, AttackFolder(folder), name
     )
-    if attack.guide.file is not None and not attack.guide.file.exists():
-        context.fitted(attack)  # all blocks were stored, so nothing had to learn what the file is to hold
-    return attacked
 
 
 def _evaluated_of(run: Run) -> str:

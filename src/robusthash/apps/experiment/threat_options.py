@@ -11,7 +11,7 @@ from robusthash.apps.experiment.config import Component, settings_of, value_of
 from robusthash.apps.experiment.model_stages import image_size
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.attacks import named_threat
-from robusthash.attacks.threat_model import EPS, Edits, Knowledge, Threat
+from robusthash.attacks.threat_model import EPS, Edits, Knowledge, Swaps, Threat
 from robusthash.core.registry import catalogue, check
 from robusthash.data.base import RetrievalData
 
@@ -98,14 +98,14 @@ def attack_under(
     """
     settings = value_of(attack) if isinstance(attack, str) else attack
     card, values = check("attack", settings)
-    for key in ("eps", "edits"):
+    for key in ("eps", "edits", "swaps"):
         if values.get(key) == 0:
             raise ValueError(f"{key} 0 of {attack!r} leaves nothing to attack; give a size above 0")
     if threat is None and eps is None and norm is None:
         return settings
     options: dict[str, Any] = {"name": settings_of(settings)["name"], **values}
     name = threat_name(threat, eps, norm, options.get("modality", "image"))
-    if doubled := [key for key in ("eps", "norm", "edits") if key in options]:
+    if doubled := [key for key in ("eps", "norm", "edits", "swaps") if key in options]:
         raise ValueError(
             f"the attack {attack!r} has {doubled[0]!r}, and {name} is asked for; give one of them"
         )
@@ -117,8 +117,14 @@ def attack_under(
         raise ValueError(
             f"{name} is of several modalities; write the budget into the attack: {{name: ..., eps: ...}}"
         )
-    if isinstance(ball, Edits):
-        return {**options, "edits": ball.count}
+    if isinstance(ball, Edits | Swaps):
+        key, maker = ("edits", "text-edits") if isinstance(ball, Edits) else ("swaps", "token-swaps")
+        if key not in signature(card.make).parameters:
+            raise ValueError(
+                f"{name} is a budget of {key} of words, which {maker} makes and {card.name} does not: "
+                f"take --attack {maker}"
+            )
+        return {**options, key: ball.count}
     if "eps" not in signature(card.make).parameters:
         raise ValueError(f"the attack {card.name!r} takes no eps, so it cannot be run under {name}")
     if ball.norm != "linf" and "norm" not in signature(card.make).parameters:

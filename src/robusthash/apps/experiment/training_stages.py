@@ -147,7 +147,13 @@ def origin_of(config: Config, base: Path) -> Run | tuple[Config, Path] | None:
     path = base / named if (base / named).exists() else Path(named)
     if not path.exists() and (base / "environment.json").is_file():  # the config of a run, trained again
         path = Path(load_run(base).origin.get("parent", path))
-    if path.suffix not in (".yaml", ".yml"):
+    is_recipe = path.suffix in (".yaml", ".yml")
+    if not (path if is_recipe else path / "config.yaml").is_file():
+        raise ConfigError(
+            f"training.init_from is {named!r}, and there is no such {'file' if is_recipe else 'run'}: "
+            "name the directory of a trained run, or the recipe file of one to train first"
+        )
+    if not is_recipe:
         return load_run(path)
     # the run to start from has the same data, seed, device and net as the one that starts there
     recipe = load_config(path)
