@@ -195,6 +195,30 @@ def test_of_a_folder_runs_without_results_are_left_out(call, runs: list[Run], tm
     assert call("keep", waiting.path, "--out", tmp_path / "out")[0] == 1
 
 
+@pytest.mark.parametrize("file", ["config.yaml", "model.json", "metrics.json", "log.jsonl"])
+def test_a_damaged_copy_is_made_again(runs: list[Run], tmp_path: Path, file: str) -> None:
+    def read() -> None:
+        run = load_run(copy)
+        run.card()
+        run.lines()
+        run.evaluated()
+
+    copy = keep(runs[0], tmp_path)
+    read()
+    (copy / file).unlink()
+    with pytest.raises(RunError, match="; it is a copy: make it again with 'robusthash keep', or take it"):
+        read()
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "model.json", "metrics.json"])
+def test_a_copy_that_is_no_text_is_made_again(call, runs: list[Run], tmp_path: Path, file: str) -> None:
+    copy = keep(runs[0], tmp_path)
+    (copy / file).write_bytes(b"\xff\xfe")
+    code, _, err = call("table", copy)
+    assert code == 1
+    assert "it is a copy: make it again with 'robusthash keep', or take it from the repository" in err
+
+
 def test_what_is_no_run_with_results_is_refused(runs: list[Run], tmp_path: Path) -> None:
     run = copied(runs[0], tmp_path)
     with pytest.raises(RunError, match="already a kept copy"):

@@ -258,12 +258,46 @@ def test_a_row_alone_has_no_differences(call, run):
     assert "tiny is the only row" in err
 
 
-def test_a_folder_of_recipes_says_where_its_runs_are(call, run):
-    top = run.path.parents[1]
-    code, _, err = call("table", top)
+def test_a_folder_of_recipes_is_as_good_as_the_folders_in_it(call, run, tmp_path):
+    assert call("table", run.path.parents[1]) == call("table", run.path.parent)
+    code, _, err = call("table", tmp_path)
     assert code == 1
-    assert f"{top} is not a run directory and holds none" in err
-    assert f"such as {run.path.parent}" in err
+    assert f"{tmp_path} is not a run directory and holds none" in err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no config", "another recipe's config"])
+def test_of_a_folder_damaged_runs_are_passed_over_and_named(call, run, tmp_path, damage):
+    runs = tmp_path / "runs"
+    whole, broken = (sibling(run, runs, name, {}) for name in ("whole", "broken"))
+    if damage == "truncated":
+        arrays = next(broken.glob("metrics-*.npz"))
+        arrays.write_bytes(arrays.read_bytes()[:100])
+    elif damage == "no config":
+        (broken / "config.yaml").unlink()
+    else:
+        text = (broken / "config.yaml").read_text()
+        (broken / "config.yaml").write_text(text.replace(f"name: {run.config.name}", "name: other", 1))
+    code, out, err = call("table", runs, "--column", "clean")
+    assert code == 0, err
+    assert err.startswith("passed over: ")
+    assert str(broken) in err
+    assert out == call("table", whole, "--column", "clean")[1]
+    code, _, err = call("table", broken)
+    assert code == 1
+    shutil.rmtree(whole)
+    code, _, err = call("table", runs)
+    assert code == 1
+    assert "no run of these folders has results that can be read" in err
+
+
+def test_columns_of_different_numbers_of_queries_are_said(run):
+    row = make_rows([run.path])[0]
+    several = replace(row, queries={**row.queries, "worst": 64})
+    count = row.queries["clean"]
+    assert f"Numbers of queries differ: {count} of clean; 64 of worst." in captions(
+        [several], ["clean", "worst"]
+    )
+    assert not any("queries differ" in line for line in captions([row], ["clean", "worst"]))
 
 
 def test_of_a_folder_runs_that_were_not_evaluated_are_left_out(call, run, tmp_path):

@@ -151,12 +151,21 @@ IndexRun = Annotated[
 
 
 def runs_with_results(has: Callable[[Run], bool], paths: list[Path]) -> list[Run]:
-    """The runs of ``run_selection.runs_with``; those without results are named in a note."""
+    """The runs of ``run_selection.runs_with``; those without results, and damaged ones, are named in notes.
+
+    Raises:
+        RunError: all that could be taken is damaged.
+    """
+    from robusthash.apps.experiment.run_directory import RunError
     from robusthash.apps.experiment.run_selection import runs_with
 
-    runs, waiting = runs_with(has, paths)
+    runs, waiting, damaged = runs_with(has, paths)
     for run in waiting:
         note(f"{run.path} has no results yet and is left out")
+    for text in damaged:
+        note(f"passed over: {text}")
+    if damaged and not runs:
+        raise RunError("no run of these folders has results that can be read; the lines above say what to do")
     return runs
 
 

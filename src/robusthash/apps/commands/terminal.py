@@ -287,12 +287,18 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
     measures = {row[1] for row in rows}
     notes = result_notes(results)
-    others = [text for text in notes if (of := _OF_MEASURE.match(text)) and of[1] not in measures]
+    of = {text: found[1] for text in notes if (found := _OF_MEASURE.match(text))}
+    others = {text: measure for text, measure in of.items() if measure not in measures}
     for text in (*empty_notes(results), *(shown for text, shown in notes.items() if text not in others)):
         note(text)
     if others:
-        many = f"{len(others)} notes" if len(others) > 1 else "1 note"
-        note(f"{many} on measures that this table does not show: in --json, and in the report of a run")
+        note(f"notes on {_some(list(dict.fromkeys(others.values())))}: in --json, and in the report of a run")
+
+
+def _some(names: Sequence[str]) -> str:
+    """At most three names, and how many more there are: "a and b", "a, b, c and 2 more"."""
+    shown = [*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]
+    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
 
 
 def plain(result: EvalResult) -> dict[str, Any]:

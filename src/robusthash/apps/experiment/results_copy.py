@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from robusthash.apps.experiment.run_directory import RESULTS_ONLY, Run, RunError, load_run, write_json
-from robusthash.apps.experiment.run_files import SEAL, sealed
+from robusthash.apps.experiment.run_directory import Run, RunError, load_run, write_json
+from robusthash.apps.experiment.run_files import RESULTS_ONLY, SEAL, sealed
 from robusthash.apps.experiment.stored_analyses import CURVES as EPOCH_CURVES
 from robusthash.apps.experiment.stored_analyses import Analysis, analysis_values, has_analysis
 from robusthash.core.atomic_files import write_all_aside

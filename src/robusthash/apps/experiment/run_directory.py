@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,12 +14,14 @@ import torch
 
 from robusthash.apps.experiment.config import Config, save_config, settings_of
 from robusthash.apps.experiment.run_files import (
+    COPY_AGAIN,
+    RESULTS_ONLY,
     RunError,
     check_plugins,
     command_line,
     config_of,
+    file_again,
     file_digest,
-    in_place,
     load_weights,
     opening,
     other_weights,
@@ -30,6 +31,7 @@ from robusthash.apps.experiment.run_files import (
     run_fault,
     save_weights,
     sealed,
+    without_config,
     write_json,
 )  # fmt: skip
 from robusthash.core.atomic_files import write_arrays, write_aside, write_text
@@ -45,7 +47,6 @@ from robusthash.objectives.base import HashObjective
 RESTART = "delete it to train again from the start"
 CHECKED = "checks.json"  # the flags of ``check``
 TEXTS = "texts.json"  # how texts become inputs, so that those of others can
-RESULTS_ONLY = "kept.json"  # marks a copy of results without weights, see ``results_copy``
 _TRAIN = "run 'robusthash train' or 'robusthash run' first"
 
 
@@ -96,17 +97,14 @@ class Run:
         return self.path / "checkpoint" / "database.npz"
 
     def _remedy(self, file: str) -> str:
-        """The way to make a damaged file of this run again; what is whole is not made twice."""
-        if self.results_only:
-            return "it is a copy: make it again with 'robusthash keep', or take it from the repository"
-        recipe, runs = (shlex.quote(str(p)) for p in (self.path / "config.yaml", self.path.parent.parent))
-        if not in_place(self.path, self.config):
-            return f"train its recipe again, and use that run: robusthash train {recipe}"
-        return f"delete {self.path / file}, then: robusthash train {recipe} --runs {runs}"
+        return file_again(self.path, self.config, file)
 
     @property
     def _again(self) -> str:
         return self._remedy("model.json")
+
+    def _first(self, work: str) -> str:
+        return COPY_AGAIN if self.results_only else work
 
     def resume(self) -> dict[str, Any] | None:
         """The last training checkpoint, or None. Raises RunError for one that cannot be read."""
@@ -157,7 +155,7 @@ class Run:
         """
         path, lines = self.path / "log.jsonl", dict[int, dict[str, Any]]()
         if not path.is_file():
-            raise RunError(f"{self.path} has no training log; {_TRAIN}")
+            raise RunError(f"{self.path} has no training log; {self._first(_TRAIN)}")
         for number, text in enumerate(path.read_bytes().splitlines(), 1):
             with reading(path, f"delete its line {number}"):
                 line = parse_json(text, "it")
@@ -231,7 +229,7 @@ class Run:
     def card(self) -> dict[str, Any]:
         """The model card. Raises RunError before the run is trained, and where the card is damaged."""
         if not self.trained:
-            raise RunError(f"{self.path} holds no trained model; {_TRAIN}")
+            raise RunError(f"{self.path} holds no trained model; {self._first(_TRAIN)}")
         path = self.path / "model.json"
         with reading(path, self._again, "the model card"):
             card = read_json(path)
@@ -250,7 +248,8 @@ class Run:
             RunError: the run has not been evaluated.
         """
         if not self.was_evaluated:
-            raise RunError(f"{self.path} has not been evaluated; run 'robusthash evaluate {self.path}' first")
+            first = self._first(f"run 'robusthash evaluate {self.path}' first")
+            raise RunError(f"{self.path} has not been evaluated; {first}")
         return self._of_these_weights("metrics.json")
 
     def assessed(self) -> dict[str, EvalResult]:
@@ -390,7 +389,7 @@ def load_run(path: str | Path) -> Run:
     """An existing run directory. Raises RunError where there is none, or a file of it cannot be read."""
     path = Path(path)
     if not (path / "config.yaml").is_file():
-        raise RunError(f"{path} is not a run directory: it has no config.yaml")
+        raise RunError(without_config(path) or f"{path} is not a run directory: it has no config.yaml")
     run = Run(path, config_of(path))
     for name in ("data.json", "environment.json"):
         if (path / name).is_file():

@@ -20,10 +20,13 @@ from robusthash.core.atomic_files import json_text, write_aside, write_text
 from robusthash.core.limited_files import RunError, read_json, reading, regular
 from robusthash.core.plugins import PluginError, Sources, as_sources, changed, sources, without_new_code
 from robusthash.metrics.results import EvalResult
-from robusthash.models.saved_hasher import MODEL, is_count, model_fault
+from robusthash.models.saved_hasher import MODEL, PLAIN, is_count, model_fault
 from robusthash.models.saved_hasher import SEAL as SEAL
 from robusthash.models.saved_hasher import sealed as sealed
 
+CONFIG = "config.yaml"
+RESULTS_ONLY = "kept.json"  # marks a copy of results without weights, see ``results_copy``
+COPY_AGAIN = "it is a copy: make it again with 'robusthash keep', or take it from the repository"
 PLUGINS = "plugins.json"  # source files of the code that a config names as module:name
 
 _REMADE = {
@@ -45,12 +48,38 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value, path.name))
 
 
+def without_config(path: Path) -> str:
+    """Words for the folder of a run, or of a copy, that has lost its config; "" of any other folder."""
+    names = ("metrics.json", "assess.json", RESULTS_ONLY)
+    model = (path / "model.json").is_file() and not (path / PLAIN.weights).is_file()  # that of an export
+    if (path / CONFIG).is_file() or not (model or any((path / name).is_file() for name in names)):
+        return ""
+    return f"{path} holds results, and no {CONFIG} that says of what; {_config_again(path)}"
+
+
+def _config_again(path: Path) -> str:
+    if (path / RESULTS_ONLY).is_file():
+        return COPY_AGAIN
+    runs = shlex.quote(str(path.parent.parent))
+    return f"write it again with the recipe of the run: robusthash train RECIPE --runs {runs}"
+
+
+def file_again(path: Path, config: Config, file: str) -> str:
+    """The way to make a damaged file of the run at ``path`` again; what is whole is not made twice."""
+    if (path / RESULTS_ONLY).is_file():
+        return COPY_AGAIN
+    recipe, runs = (shlex.quote(str(p)) for p in (path / CONFIG, path.parent.parent))
+    if not in_place(path, config):
+        return f"train its recipe again, and use that run: robusthash train {recipe}"
+    return f"delete {path / file}, then: robusthash train {recipe} --runs {runs}"
+
+
 def config_of(path: Path) -> Config:
     """The config of a run directory, with every section: an emptied file is not one of defaults."""
-    again = f"write it again with the recipe of the run: robusthash train RECIPE --runs {path.parent.parent}"
+    again = _config_again(path)
     try:
         with opening(path):
-            config = load_config(path / "config.yaml")
+            config = load_config(path / CONFIG)
     except PluginError as error:
         raise RunError(str(error)) from None
     except (ConfigError, UnicodeDecodeError) as error:
@@ -58,7 +87,7 @@ def config_of(path: Path) -> Config:
         raise RunError(f"{path}: its config cannot be read: {first}; {again}") from None
     if missing := [name for name in Config.model_fields if name not in config.model_fields_set]:
         lacks = f"it has no {', '.join(missing)}"
-        raise RunError(f"{path / 'config.yaml'} is damaged ({lacks}); {again}")
+        raise RunError(f"{path / CONFIG} is damaged ({lacks}); {again}")
     return config
 
 

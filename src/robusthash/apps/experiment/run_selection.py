@@ -9,38 +9,76 @@ from pathlib import Path
 
 from robusthash.apps.experiment.config import load_config
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run
+from robusthash.apps.experiment.run_files import CONFIG, without_config
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import packaged
 from robusthash.models.saved_hasher import HUB
 from robusthash.robustness.evidence.records import CopyEntry, ModelSource, RegistryEntry, load_any_entry
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run directories: those given, and those right below any other folder given, by name.
+def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Run directories, and a line for each folder that holds results and has lost its config.
+
+    They are those given, and of any other folder given those right below it, else those of the folders of
+    recipes in it, by name.
 
     Raises:
         RunError: a folder that neither is a run directory nor holds one.
     """
     runs: list[Path] = []
+    lost: list[str] = []
     for path in paths:
-        is_run = (path / "config.yaml").is_file()
-        below = [path] if is_run else sorted(config.parent for config in path.glob("*/config.yaml"))
-        if not below:
-            deeper = next(path.glob("*/*/config.yaml"), None)
-            hint = "" if deeper is None else f"; give the folders in it that do, such as {deeper.parents[1]}"
-            raise RunError(f"{path} is not a run directory and holds none: it has no config.yaml{hint}")
+        if (path / CONFIG).is_file():
+            runs.append(path)
+            continue
+        if fault := without_config(path):
+            raise RunError(fault)
+        for depth in ("*", "*/*"):
+            folders = sorted(path.glob(depth))
+            below = [folder for folder in folders if (folder / CONFIG).is_file()]
+            faults = [fault for folder in folders if (fault := without_config(folder))]
+            if below or faults:
+                break
+        else:
+            raise RunError(f"{path} is not a run directory and holds none: it has no {CONFIG}")
         runs += below
-    return runs
+        lost += faults
+    return runs, lost
 
 
-def runs_with(has: Callable[[Run], bool], paths: Sequence[Path]) -> tuple[list[Run], list[Run]]:
-    """Runs of ``find_runs``: first those that are given themselves or ``has`` holds of, then the others.
+def runs_with(has: Callable[[Run], bool], paths: Sequence[Path]) -> tuple[list[Run], list[Run], list[str]]:
+    """Runs of ``find_runs``: those that are given themselves or ``has`` holds of, the others, and damage.
 
-    So a folder may hold runs that wait for their results, and a run that is given itself is not left out.
+    A folder may hold runs that wait for their results, and damaged ones: of these there is a line each. A run
+    that is given itself is not left out.
+
+    Raises:
+        RunError: as of ``find_runs``, or a run that is given itself and cannot be opened.
     """
-    runs = [load_run(path) for path in find_runs(paths)]
-    selected = [run for run in runs if run.path in paths or has(run)]
-    return selected, [run for run in runs if run not in selected]
+    selected, waiting = list[Run](), list[Run]()
+    found, damaged = find_runs(paths)
+    for path in found:
+        if path in paths:
+            selected.append(load_run(path))
+            continue
+        try:
+            run = load_run(path)
+            if wanted := has(run):
+                _read_results(run)
+        except (OSError, ValueError, KeyError) as error:
+            damaged.append(str(error))
+            continue
+        (selected if wanted else waiting).append(run)
+    return selected, waiting, damaged
+
+
+def _read_results(run: Run) -> None:
+    """Read the card and the results of a run. Raises RunError for one that is damaged."""
+    run.card()
+    run.checked()
+    run.assessed()
+    if run.was_evaluated:
+        run.evaluated()
 
 
 def labelled(paths: Sequence[Path]) -> dict[str, Run]:

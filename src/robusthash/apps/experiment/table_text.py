@@ -97,11 +97,27 @@ def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> 
     if mixed:
         start = "Columns whose rows do not compare, since they were attacked differently"
         lines.append(f"{start}: {', '.join(mixed)}.")
+    lines += _numbers_of_queries(rows, columns)
     empty = [f"{on}: {text}.".removeprefix(": ") for row in rows for on, text in row.empty.items()]
     lines += dict.fromkeys(empty)
     if any(column not in {*row.cells, *row.not_run} for row in rows for column in columns):
         lines.append("-: not evaluated in every seed, or the seeds of the recipe were attacked differently.")
     return lines
+
+
+def _numbers_of_queries(rows: Sequence[TableRow], columns: Sequence[str]) -> list[str]:
+    """A line where results of one table are of different numbers of queries; none else."""
+    numbers = {
+        column: sorted({row.queries[column] for row in rows if column in row.queries}) for column in columns
+    }
+    if len({number for some in numbers.values() for number in some}) < 2:
+        return []
+    subjects: dict[str, list[str]] = {}  # columns by words
+    for column, some in numbers.items():
+        if some:
+            subjects.setdefault(" or ".join(map(str, some)), []).append(column)
+    parts = [f"{words} of {', '.join(subject)}" for words, subject in subjects.items()]
+    return [f"Numbers of queries differ: {'; '.join(parts)}."]
 
 
 WORDS = {change.name: change.words for change in CHANGES}

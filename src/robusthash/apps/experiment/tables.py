@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class TableRow:
     ``target_chance`` is that of t-MAP, by the columns of targeted attacks.
     ``attacked`` has threat, attacks and budget of every cell; "" of clean queries. ``empty`` says, by
     direction and relevance, how many queries have no relevant item, where there are any. ``not_run`` are
-    columns of results that none of its runs has.
+    columns of results that none of its runs has. ``queries`` is their number by column.
     """
 
     name: str
@@ -77,6 +77,7 @@ class TableRow:
     attacked: dict[str, str]
     empty: dict[str, str]
     not_run: tuple[str, ...] = ()
+    queries: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,10 @@ def _row(
         {column.title: _attack_of(result) for column, (_, result) in cells.items()},
         {on: text for on, clean in seeds[0].clean.items() if (text := empty_note(clean))},
         not_run,
+        {
+            c.title: len(result.per_query[c.measure or headline_of(result)])
+            for c, (_, result) in cells.items()
+        },
     )
 
 

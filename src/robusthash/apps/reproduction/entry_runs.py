@@ -21,7 +21,7 @@ from robusthash.apps.experiment.config import (
 )
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
 from robusthash.apps.experiment.run_directory import Run, RunError, accept, load_run, write_json
-from robusthash.apps.experiment.run_files import sealed
+from robusthash.apps.experiment.run_files import CONFIG, sealed, without_config
 from robusthash.apps.experiment.stored_analyses import Analysis, analysis_values, has_analysis
 from robusthash.apps.experiment.tables import Column, parse_column
 from robusthash.apps.reproduction.paper_entries import BlockSpec, PaperEntry, ScaleSpec
@@ -81,9 +81,15 @@ class Stored:
         self._runs: dict[tuple[str, int], list[Run]] = {}
         self._results: dict[Path, dict[str, Any]] = {}
         for folder in dict.fromkeys(folders):
-            for file in sorted(folder.glob("*/*/config.yaml")):
+            for path in sorted(folder.glob("*/*")):
+                if fault := without_config(path):
+                    self.unreadable.append(fault)
+                if not (path / CONFIG).is_file():
+                    continue
                 try:
-                    run = load_run(file.parent)
+                    run = load_run(path)
+                    if run.trained or run.results_only:
+                        run.card()  # it says whether the config is that of its own
                 except (RunError, ValueError, KeyError) as error:
                     self.unreadable.append(str(error))
                     continue
