@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import robusthash as rh
 from robusthash.data.label_cells import read_labels
+from robusthash.training.shallow_recipe import ShallowRecipe
 
 ITEMS = 24
 PIXELS = np.random.default_rng(0).integers(0, 256, (ITEMS, 8, 8, 3), dtype=np.uint8)
@@ -332,5 +333,9 @@ def test_items_without_labels_train_what_needs_none_and_are_not_scored():
     assert len(rh.encode_split(hasher, data.database)["image"]) == len(data.database)
     with pytest.raises(ValueError, match="has a label, so no search of it can be scored"):
         rh.evaluate(hasher, data)
+    flat = rh.build_hasher(image={"name": "features", "inputs": 192}, bits=8, head="linear")
+    rh.fit(ShallowRecipe(flat, rh.objectives.CSQ(), "itq"), data, training)
+    with pytest.raises(ValueError, match="sdh is supervised, and no training item has a label; itq"):
+        rh.fit(ShallowRecipe(flat, rh.objectives.CSQ(), "sdh"), data, training)
     with pytest.raises(ValueError, match="DCMH learns from labels"):
         rh.fit(rh.HashingRecipe(hasher, rh.objectives.DCMH()), data, training)

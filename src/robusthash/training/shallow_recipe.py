@@ -35,7 +35,8 @@ class ShallowRecipe(Recipe):
 
     Args:
         hasher: with heads ``linear`` or ``kernel``.
-        objective: not trained; it is what an attack on the training objective ascends, and needs labels.
+        objective: not trained; it is what an attack on the training objective ascends, where items have
+            labels.
         method: a name of kind ``shallow``, or its settings.
     """
 
@@ -43,6 +44,7 @@ class ShallowRecipe(Recipe):
     learns_from_labels = False  # the objective is not trained, and ``solve`` looks at what its method needs
     data_parallel = False
     new_heads = True
+    learns_from_labels = False  # the methods that do say so themselves
 
     def __init__(self, hasher: Hasher, objective: HashObjective, method: Component) -> None:
         self.hasher = hasher
@@ -62,7 +64,7 @@ class ShallowRecipe(Recipe):
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
         check_modalities(self.hasher, data)
         self._data, self._draws, self._batch_size = data, Draws(seed, ("shallow",)), batch_size
-        if data.train.labels is not None:
+        if data.train.unlabelled() < len(data.train):
             self.objective.to(self.hasher.device).setup(train_facts(data.train, self.hasher, seed))
             self.objective.to(self.hasher.device)
 

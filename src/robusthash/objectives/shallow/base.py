@@ -162,7 +162,7 @@ def _check_labels(name: str, labels: Tensor | None, pairwise: bool) -> None:
         many = f"{len(broken)} of {len(labels)} training items, the first at {int(broken[0])}"
         raise ValueError(f"labels hold NaN or infinite values in {many}")
     if not (labels > 0).any():
-        raise ValueError(f"{name} is supervised, and no training item has a label")
+        raise ValueError(f"{name} is supervised, and no training item has a label; itq, cvh need none")
     kinds = torch.unique((labels > 0).float(), dim=0)
     if len(kinds) < 2:
         raise ValueError(f"{name} learns from labels, and all training items have the same")
