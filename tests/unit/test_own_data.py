@@ -337,5 +337,5 @@ def test_items_without_labels_train_what_needs_none_and_are_not_scored():
     rh.fit(ShallowRecipe(flat, rh.objectives.CSQ(), "itq"), data, training)
     with pytest.raises(ValueError, match="sdh is supervised, and no training item has a label; itq"):
         rh.fit(ShallowRecipe(flat, rh.objectives.CSQ(), "sdh"), data, training)
-    with pytest.raises(ValueError, match="DCMH learns from labels"):
+    with pytest.raises(ValueError, match="dcmh learns from labels"):
         rh.fit(rh.HashingRecipe(hasher, rh.objectives.DCMH()), data, training)
