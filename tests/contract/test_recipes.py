@@ -400,7 +400,7 @@ def test_clipping_bounds_the_step(data: RetrievalData) -> None:
 
 def test_unlabelled_training_of_a_supervised_objective_is_refused(data: RetrievalData) -> None:
     bare = replace(data, train=replace(data.train, labels=None))
-    with pytest.raises(ValueError, match="no labels"):
+    with pytest.raises(ValueError, match="learns from labels, and none of the"):
         fit(make_recipe("plain", small_hasher()), bare, train_config(1))
 
 

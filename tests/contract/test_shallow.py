@@ -183,7 +183,7 @@ def test_features_that_are_no_rows_of_numbers_are_refused() -> None:
         shallow_hasher("itq", {"image": np.eye(8).astype(str)}, bits=4)
     with pytest.raises(ValueError, match=r"image features are \(N, D\), an item a row, got \(8,\)"):
         shallow_hasher("itq", {"image": np.ones(8)}, bits=4)
-    with pytest.raises(ValueError, match=r"features are .N, D. arrays by modality, got ndarray; give"):
+    with pytest.raises(ValueError, match=r"features are \(N, D\) arrays by modality, got ndarray; give"):
         shallow_hasher("itq", np.eye(8), bits=4)  # type: ignore[arg-type]
 
 

@@ -270,15 +270,18 @@ def test_dcph_of_an_item_with_every_label_is_zero() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_data_without_labels_are_refused_at_setup(name: str) -> None:
     facts = replace(facts_of(LABELS, K, widths=WIDTHS), labels=None, share_similar=0.0)
-    with pytest.raises(ValueError, match="this objective needs labels, and the training split has none"):
+    learned = f"{name} learns from labels, and none of the {len(LABELS)} training items has one"
+    said = "this objective needs labels, and the training split has none" if name == "dcph" else learned
+    with pytest.raises(ValueError, match=said):
         build("objective", name).setup(facts)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_without_negatives_are_refused(name: str) -> None:
     said = "all items have every label" if name == "dcph" else "all training items share one"
+    labels = torch.ones(4, 2) if name == "dcph" else torch.hstack([torch.ones(4, 1), torch.eye(4)])
     with pytest.raises(ValueError, match=said):
-        build("objective", name).setup(facts_of(torch.ones(4, 2), K, widths=WIDTHS))
+        build("objective", name).setup(facts_of(labels, K, widths=WIDTHS))
 
 
 @pytest.mark.parametrize("name", ["ssah", "agah"])

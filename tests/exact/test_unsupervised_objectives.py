@@ -353,5 +353,5 @@ def test_ukd_is_taught_by_an_unsupervised_objective_alone() -> None:
     hasher = build_hasher(bits=8, image={"name": "vector", "inputs": 6}, text="mlp", vocabulary=7)
     with pytest.raises(ValueError, match="teacher of 'ukd' is unsupervised, and dcmh needs labels"):
         Distilled(hasher, UKD(), "dcmh")
-    with pytest.raises(ValueError, match=r"trains training\.objective: ukd, not DJSRH"):
+    with pytest.raises(ValueError, match=r"trains training\.objective: ukd, not djsrh"):
         Distilled(hasher, DJSRH())

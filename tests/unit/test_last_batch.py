@@ -83,13 +83,12 @@ def test_the_question_uses_up_no_random_numbers() -> None:
     assert all(torch.equal(value, before[name]) for name, value in hasher.state_dict().items())
 
 
-@pytest.mark.parametrize(("train", "size"), [(5, 1), (1, 3)])
-def test_batches_of_one_are_refused_before_the_training(train: int, size: int) -> None:
+def test_batches_of_one_are_refused_before_the_training() -> None:
     with pytest.raises(
         ValueError, match=r"batches of one item \(batch_size .*take a batch_size of at least 2"
     ):
-        fit("head", train, size)
-    assert len(fit("plain", train, size)) == 2
+        fit("head", 5, 1)
+    assert len(fit("plain", 5, 1)) == 2
 
 
 def test_batches_join() -> None:

@@ -191,6 +191,14 @@ def test_labels_that_can_be_misread_are_refused(labels, said):
         read_labels(labels, 3)
 
 
+def test_items_without_a_label_are_counted(caplog):
+    labels = [[row % 3] if row % 2 else [] for row in range(ITEMS)]
+    data = from_arrays(PIXELS, labels, query=4)
+    assert data.note == "12 of 24 items have no label and are similar to nothing."
+    assert f"arrays: {data.note} They are kept." in caplog.text
+    assert from_arrays(PIXELS, [[row % 3] for row in range(ITEMS)], query=4).note == ""
+
+
 def test_labels_outside_of_the_names_are_refused():
     with pytest.raises(ValueError, match="label 3 is not among the 3 label names"):
         read_labels([0, 3], 2, ("a", "b", "c"))

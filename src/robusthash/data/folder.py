@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,9 +20,7 @@ from robusthash.data.image_files import ImageFile, ImageOptions, Skipped, decode
 from robusthash.data.image_listing import list_images
 from robusthash.data.image_text import TextOptions
 from robusthash.data.label_cells import caption_texts, label_rows
-from robusthash.data.splits import Indices, SplitOptions, assemble, sampled_split
-
-logger = logging.getLogger(__name__)
+from robusthash.data.splits import Indices, SplitOptions, assemble, note_unlabelled, sampled_split
 
 LabelField = Literal["labels", "class"]
 
@@ -115,9 +112,7 @@ def folder(
         indices = sampled_split(labels, names, replace(splits, split=rule))
     note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
     note += f" {form}" * bool(form)
-    if count := int((labels.sum(1) == 0).sum()):
-        unlabelled = f"{count} of {len(labels)} items have no label and are similar to nothing."
-        logger.warning("folder: %s They are kept.", unlabelled)
+    if unlabelled := note_unlabelled("folder", labels):
         note += f" {unlabelled}"
     if skipped:
         note += f" {len(skipped)} files passed over: {some_of(skipped, 3)}."

@@ -19,7 +19,14 @@ from robusthash.data.base import ArraySource, RetrievalData, Source, as_input, c
 from robusthash.data.image_files import pixels_of, read_image
 from robusthash.data.image_text import TextOptions, one_text_each
 from robusthash.data.label_cells import Labels, read_labels
-from robusthash.data.splits import Indices, SplitOptions, assemble, hash_pixels, sampled_split
+from robusthash.data.splits import (
+    Indices,
+    SplitOptions,
+    assemble,
+    hash_pixels,
+    note_unlabelled,
+    sampled_split,
+)
 
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
 Images = np.ndarray | Tensor | Sequence[OneImage]
@@ -86,6 +93,7 @@ def from_arrays(
             others = torch.cat([indices.query, indices.database])
             options = TextOptions(vocabulary=vocabulary)
             arrays["text"], note, form = options.encode([[text] for text in texts], indices.train, others)
+    note = f"{note} {note_unlabelled(name, hot)}".strip()
     hashes = hash_pixels(pixels)
     return assemble(name, ArraySource(arrays), hot, hashes, indices, names, note, text_form=form)
 
@@ -144,7 +152,7 @@ def from_dataset(
             "held whole: raise memory, or make size smaller"
         )
     name = name or type(items.dataset).__name__
-    return assemble(name, source, hot, np.array(hashes, "S16"), indices, names)
+    return assemble(name, source, hot, np.array(hashes, "S16"), indices, names, note_unlabelled(name, hot))
 
 
 def one_image(image: OneImage, size: int | None = None) -> Tensor:

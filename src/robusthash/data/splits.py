@@ -293,6 +293,16 @@ def hash_pixels(images: Tensor) -> np.ndarray:
     return np.array([content_hash(item.tobytes()) for item in images.numpy()], dtype="S16")
 
 
+def note_unlabelled(name: str, labels: Tensor) -> str:
+    """The note of a data set that counts items without a label, with a warning; "" where there are none."""
+    count = int((labels.sum(1) == 0).sum())
+    if count == 0:
+        return ""
+    note = f"{count} of {len(labels)} items have no label and are similar to nothing."
+    logger.warning("%s: %s They are kept.", name, note)
+    return note
+
+
 def assemble(
     name: str,
     source: Source,
