@@ -122,13 +122,13 @@ def test_list_takes_the_plural() -> None:
     assert several.exit_code == 0
 
 
-def test_notes_on_measures_that_are_not_shown_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_notes_on_measures_that_are_not_shown_name_them(capsys: pytest.CaptureFixture[str]) -> None:
     victim = rh.wrap(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 16)), bits=16)
     result = rh.evaluate(victim, rh.load_data("synthetic", size=16, query=8))
     own = "the 5 steps of pgd reach 0.02 of the budget"
     notes = ("MAP@5000: k clipped to the 300 items of the database", "ACG@500 is undefined: nothing", own)
     print_headlines({"clean": replace(result, notes=notes)})
     said = capsys.readouterr().err
-    assert "2 notes on measures" in said
+    assert "notes on MAP@5000 and ACG@500: in --json" in said
     assert own in said
     assert "clipped" not in said

@@ -20,6 +20,7 @@ from robusthash.apps.reproduction import claims_ledger, paper_entries, reproduct
 from robusthash.apps.reproduction.claims_ledger import Claim, judge
 from robusthash.apps.reproduction.entry_runs import Recipes, Stored, identity_of, make_plan, take_over_model
 from robusthash.apps.reproduction.paper_entries import SCALES, Paper, papers, read_paper
+from robusthash.apps.reproduction.printed_table import make_blocks
 from robusthash.apps.reproduction.reproduction import try_entry
 from robusthash.core.runtime import show_progress, shown_by
 
@@ -305,6 +306,12 @@ def test_the_list_says_the_state_of_each_entry(
         (["saat", "table-2", "--set", "runtime.seed=5"], "--seeds N takes the training seeds"),
         (["saat", "table-2", "--csv", "one.txt", "--latex", "one.txt"], "named for two exports"),
         (["saat", "table-2", "--out", __file__], "a folder is needed"),
+        (["saat", "table-2", "--csv", "."], "is a folder, and a file is needed"),
+        (["saat", "table-2", "--markdown", "."], "is a folder, and a file is needed"),
+        (["saat", "table-2", "--stored"], "is no folder, and nothing is stored there"),
+        (["saat", "table-2", "--stored", "--dry-run"], "leave one out"),
+        (["sat", "--claims"], "did you mean 'saat'"),
+        (["saat", "table-22", "--claims"], "did you mean 'table-2'"),
     ],
 )
 def test_a_refusal_is_one_line_with_a_remedy(words: list[str], said: str, tmp_path: Path) -> None:
@@ -415,6 +422,44 @@ def test_every_claim_names_what_decides_it() -> None:
 
 def test_computed_claims_hold() -> None:
     assert all(compute() for compute in claims_ledger._COMPUTED.values())
+
+
+def test_claims_are_those_of_the_paper_and_of_the_entry() -> None:
+    assert claims_ledger.claims_of() == claims_ledger.all_claims()
+    assert {each.paper for each in claims_ledger.claims_of("SAAT")} == {"SAAT"}
+    assert {each.entry for each in claims_ledger.claims_of("saat", "table-3")} == {"saat table-3"}
+
+
+@pytest.mark.parametrize("damage", ["no config", "another recipe's config"])
+def test_stored_results_without_a_config_of_their_own_are_named(
+    made: reproduction.Reproduction, clone: Path, tmp_path: Path, damage: str
+) -> None:
+    run = Stored([clone / "runs"]).of_model(Recipes(clone / "recipes").config("tiny")[1])[0]
+    copy = keep(run, tmp_path).path
+    assert not Stored([tmp_path]).unreadable
+    if damage == "no config":
+        (copy / "config.yaml").unlink()
+    else:
+        text = (copy / "config.yaml").read_text()
+        (copy / "config.yaml").write_text(text.replace("name: tiny", "name: other", 1))
+    (named,) = Stored([tmp_path]).unreadable
+    assert str(copy) in named
+    assert "it is a copy: make it again" in named
+
+
+@pytest.mark.parametrize(("measure", "chance"), [("", True), ("MAP of ", True), ("nDCG@100 of ", False)])
+def test_chance_is_that_of_map(
+    clone: Path, made: reproduction.Reproduction, measure: str, chance: bool
+) -> None:
+    entry = (
+        read_paper(PAPER, "tiny.yaml")
+        .entry("table-1")
+        .model_copy(update={"columns": {"clean": f"{measure}clean"}})
+    )
+    plan = make_plan(entry, entry.at("small"), Recipes(clone / "recipes"), Stored([clone / "runs"]))
+    (block,) = make_blocks(plan, 1.0)
+    assert block.lines[0].cells
+    assert bool(block.chance) == chance
 
 
 def test_another_evaluation_needs_a_name(tmp_path: Path) -> None:

@@ -128,3 +128,8 @@ def test_comparisons_pass_over_infinite_differences(tmp_path: Path) -> None:
     found = compare(first, second)["psnr"]
     assert found.queries == 16
     assert found.mean == pytest.approx(1, abs=1e-5)
+
+
+def test_a_suite_of_one_line_has_one_line() -> None:
+    assert budget_words("suite smoke, 1 lines") == "suite smoke, 1 line"
+    assert budget_words("suite standard, 21 lines") == "suite standard, 21 lines"

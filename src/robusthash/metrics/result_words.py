@@ -33,7 +33,8 @@ def budget_words(budget: str) -> str:
         >>> budget_words("PGD(steps=20, step_size=0.00784313725490196), slope one, starts 1, W1")
         'PGD, 20 steps, step size 2/255, fixed slope, knows weights and training labels'
     """
-    return _OTHERS.sub(_others, _SEARCH.sub(_search, budget))
+    words = _OTHERS.sub(_others, _SEARCH.sub(_search, budget))
+    return re.sub(r"\b1 lines\b", "1 line", words)  # of a suite
 
 
 def _search(match: re.Match[str]) -> str:

@@ -10,7 +10,7 @@ from robusthash.apps.commands.terminal import note, print_json, print_lines, pri
 
 if TYPE_CHECKING:
     from robusthash.apps.reproduction.entry_runs import EntryPlan
-    from robusthash.apps.reproduction.reproduction import EntryTrial, Reproduction
+    from robusthash.apps.reproduction.reproduction import EntryTrial, Folders, Reproduction
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def reproduce(
 
     folders = reproduction.Folders.of(files.recipes, files.runs, files.out)
     if claims:
-        _show_claims(folders, as_json)
+        _show_claims(folders, paper, entry, as_json)
         return
     if listed or paper is None or entry is None:
         _show_list(reproduction.list_entries(folders, paper), as_json)
@@ -81,6 +81,10 @@ def reproduce(
     sets = [*placed, *(sets or ()), *([] if device is None else [f"runtime.device={device}"])]
     options: dict[str, Any] = {"scale": scope.scale, "seeds": scope.seeds, "sets": sets}
     places: dict[str, Any] = {"recipes": files.recipes, "runs": files.runs, "out": files.out}
+    if scope.stored and trial.dry_run:
+        raise ValueError("--stored shows what there is, and --dry-run tries what is to run; leave one out")
+    if scope.stored and files.runs != Path("runs") and not files.runs.is_dir():
+        raise ValueError(f"--runs {files.runs} is no folder, and nothing is stored there; name another")
     if trial.dry_run:
         plan, _ = reproduction.plan_of(paper, entry, folders, **options)
         with progress_bars() as progress:
@@ -88,22 +92,14 @@ def reproduce(
                 plan, miniature=trial.miniature, batch=trial.batch, progress=progress
             )
         _show_trial(plan, tried, as_json)
+        if trial.miniature:
+            from robusthash.apps.experiment.dry_run import MINIATURE_TIMES
+
+            note(MINIATURE_TIMES)
         return
     if trial.miniature or trial.batch is not None:
         raise ValueError("--miniature and --batch belong to a dry run: add --dry-run")
-    exported = [path for path in (files.markdown, files.latex, files.csv) if path is not None]
-    for path in exported:
-        if not path.parent.is_dir():
-            raise ValueError(f"{path} cannot be written: {path.parent} is no folder; make it first")
-        if exported.count(path) > 1:
-            raise ValueError(f"{path} is named for two exports, of which one would stay; name one for each")
-    for folder in filter(None, (files.out, files.runs)):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file, and a folder is needed; name another")
-    if files.out is not None:
-        from robusthash.apps.reports.charts import require_matplotlib
-
-        require_matplotlib()
+    _check_files(files)
     with progress_bars() as progress:
         result = reproduction.reproduce(
             paper, entry, **places, **options, stored_only=scope.stored, progress=progress
@@ -115,6 +111,25 @@ def reproduce(
         if result.state != "not run":
             reason = "the stored results hold its numbers, and not what a figure would show"
         note(f"nothing is drawn in {files.out}: {reason}")
+
+
+def _check_files(files: FileOptions) -> None:
+    """Refuse files and folders that cannot be written, before the work."""
+    exported = [path for path in (files.markdown, files.latex, files.csv) if path is not None]
+    for path in exported:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, and a file is needed; name one, such as {path / 'table'}")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written: {path.parent} is no folder; make it first")
+        if exported.count(path) > 1:
+            raise ValueError(f"{path} is named for two exports, of which one would stay; name one for each")
+    for folder in filter(None, (files.out, files.runs)):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, and a folder is needed; name another")
+    if files.out is not None:
+        from robusthash.apps.reports.charts import require_matplotlib
+
+        require_matplotlib()
 
 
 def _export(texts: dict[Path | None, Any]) -> None:
@@ -187,10 +202,13 @@ def _show_trial(plan: "EntryPlan", trial: "EntryTrial", as_json: bool) -> None:
     note(f"a seed of all rows: {each}; what is not stored: {rest}")
 
 
-def _show_claims(folders: Any, as_json: bool) -> None:
+def _show_claims(folders: "Folders", paper: str | None, entry: str | None, as_json: bool) -> None:
     from robusthash.apps.reproduction import claims_ledger
 
-    ledger = claims_ledger.judge_all(folders)
+    claims, stored = claims_ledger.claims_of(paper, entry), folders.stored()
+    ledger = [claims_ledger.judge(claim, folders.recipes, stored) for claim in claims]
+    for text in stored.unreadable:
+        note(f"passed over: {text}")
     if as_json:
         print_json([judged.plain() for judged in ledger])
     else:

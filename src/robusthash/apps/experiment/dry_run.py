@@ -55,6 +55,11 @@ from robusthash.objectives.base import HashObjective
 from robusthash.training.loop import fit
 from robusthash.training.recipe import Recipe
 
+MINIATURE_TIMES = (
+    "times of a miniature say little: steps of a few generated items are scaled up; for an estimate leave "
+    "--miniature and --batch out"
+)
+
 # What an attack is timed with, where it has such an option.
 _LEAST = {"restarts": 1, "fit_steps": 20, "epochs": 1, "generator_epochs": 1}
 
@@ -153,6 +158,7 @@ def _data(
     official = ", ".join(
         f"{name} {len(data.splits[name])} for {size}" for name, size in small.official.items()
     )
+    notes.append(MINIATURE_TIMES)
     notes.append(f"a generated miniature in place of {data.name}, splits scaled down: {official}")
     return data, small.official
 

@@ -23,8 +23,8 @@ from robusthash.apps.experiment.stored_analyses import Analysis
 from robusthash.apps.experiment.tables import Cell, Column, parse_column
 from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.apps.reproduction.entry_runs import Recipes, Stored
+from robusthash.apps.reproduction.paper_entries import paper
 from robusthash.apps.reproduction.printed_table import number_of
-from robusthash.apps.reproduction.reproduction import Folders
 from robusthash.attacks.guides import mainstay_code
 from robusthash.core.labels import cosine
 from robusthash.core.limited_files import parse_yaml
@@ -139,8 +139,7 @@ class Finding:
         value = self.difference.text(digits) if low == low else f"{self.difference.value:+.{digits}f}"
         value = value if abs(self.difference.value) >= _SMALL else f"{self.difference.value:+.1e}"
         seeds = "1 seed" if self.difference.seeds == 1 else f"{self.difference.seeds} seeds"
-        first, second = map(_plain, self.means)
-        return f"{name}: {first} against {second}, {value}{self.wanted}, {seeds}"
+        return f"{name}: {' against '.join(map(_plain, self.means))}, {value}{self.wanted}, {seeds}"
 
 
 def _plain(value: float) -> str:
@@ -180,10 +179,17 @@ def all_claims() -> list[Claim]:
     return [validated(Claim, each, file.name) for each in parse_yaml(file.read_text("utf-8"), file.name)]
 
 
-def judge_all(folders: Folders) -> list[Judged]:
-    """Every claim by what ``results`` and ``runs`` hold."""
-    stored = folders.stored()
-    return [judge(claim, folders.recipes, stored) for claim in all_claims()]
+def claims_of(name: str | None = None, entry: str | None = None) -> list[Claim]:
+    """The claims of a paper that an entry decides; of all entries, and of all papers, where none is named.
+
+    Raises:
+        ValueError: no such paper or entry.
+    """
+    if name is None:
+        return all_claims()
+    claims = [claim for claim in all_claims() if claim.paper == paper(name).name]
+    decided = None if entry is None else f"{name.lower()} {paper(name).entry(entry).id}"
+    return [claim for claim in claims if decided in (None, claim.entry)]
 
 
 def judge(claim: Claim, recipes: Recipes, stored: Stored) -> Judged:
@@ -272,9 +278,8 @@ def compare_sides(comparison: Comparison, recipes: Recipes, stored: Stored) -> F
 
 def _mean(of_seeds: Sequence[Tensor], known: Tensor) -> float:
     """Mean over seeds and the queries that are compared; a side may be one number."""
-    return float(
-        torch.stack([v[known] if v.numel() == known.numel() else v.nanmean()[None] for v in of_seeds]).mean()
-    )
+    alike = [v[known] if v.numel() == known.numel() else v.nanmean()[None] for v in of_seeds]
+    return float(torch.stack(alike).mean())
 
 
 def _interval(values: Tensor) -> tuple[float, float]:
@@ -333,10 +338,9 @@ def _values(result: EvalResult, column: Column) -> Tensor:
     return torch.tensor([math.nan if number is None else number], dtype=torch.float64)
 
 
-def _mainstay_is_least() -> bool:
+def _is_least() -> bool:
     """The mainstay code has the least weighted distance sum of all codes of 8 bits, for random labels."""
-    draws, bits, bank = Draws(0, ("claims",)), 8, 40
-    ids = torch.arange(bank)
+    draws, bits, ids = Draws(0, ("claims",)), 8, torch.arange(40)
     codes = torch.where(draws.within("codes").uniform(ids, (bits,)) < 0.5, -1.0, 1.0)
     labels = (draws.within("labels").uniform(ids, (6,)) < 0.3).float()
     labels[:, 0] = (labels.sum(1) == 0).float()
@@ -352,18 +356,16 @@ def _mainstay_is_least() -> bool:
 def _hasher_stays() -> bool:
     """An epoch of DRFGD's training changes its purifier, and no bit of the hasher."""
     data = load_data("synthetic", texts=False, train=64, query=8, database=16)
-    hasher = purified(build_hasher(image={"name": "small", "width": 4}, bits=8), _PURIFIER, "query")
+    purifiers = {"image": {"name": "drfgd-image", "width": 4}}
+    hasher = purified(build_hasher(image={"name": "small", "width": 4}, bits=8), purifiers, "query")
     parts = {name: module for name, module in hasher.named_children() if name != "purifiers"}
     before, purifier = copy.deepcopy(parts), copy.deepcopy(hasher.purifiers)
     objective, attack = build("objective", "dpsh"), build("attack", {"name": "drfgd", "steps": 1})
     recipe = build("recipe", "regenerate", hasher=hasher, objective=objective, attack=attack)
     groups = {name: OptimConfig("adam", 1e-3) for name in ("purifier", "critic")}
     fit(recipe, data, TrainConfig(epochs=1, batch_size=32, optim=groups))
-    changed = not _alike(purifier, hasher.purifiers)
-    return changed and all(_alike(before[name], module) for name, module in parts.items())
-
-
-_PURIFIER = {"image": {"name": "drfgd-image", "width": 4}}
+    stays = all(_alike(before[name], module) for name, module in parts.items())
+    return stays and not _alike(purifier, hasher.purifiers)
 
 
 def _alike(first: nn.Module, second: nn.Module) -> bool:
@@ -371,10 +373,7 @@ def _alike(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(one, two) for one, two in pairs)
 
 
-_COMPUTED: dict[str, Callable[[], bool]] = {
-    "mainstay-code": _mainstay_is_least,
-    "hasher-stays": _hasher_stays,
-}
+_COMPUTED: dict[str, Callable[[], bool]] = {"mainstay-code": _is_least, "hasher-stays": _hasher_stays}
 
 
 def ledger_markdown(ledger: Sequence[Judged]) -> str:
@@ -383,10 +382,10 @@ def ledger_markdown(ledger: Sequence[Judged]) -> str:
     order: tuple[Verdict, ...] = ("reproduced", "reversed", "level", "open", "untestable here")
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in order)
     parts = [f"{len(ledger)} claims: {counts}."]
-    for paper in dict.fromkeys(judged.claim.paper for judged in ledger):
-        lines = [f"## {paper}", "", "| id | claim | verdict | measured | net and data | runs |"]
+    for name in dict.fromkeys(judged.claim.paper for judged in ledger):
+        lines = [f"## {name}", "", "| id | claim | verdict | measured | net and data | runs |"]
         lines.append("| --- | --- | --- | --- | --- | --- |")
-        lines += [_line(judged) for judged in ledger if judged.claim.paper == paper]
+        lines += [_line(judged) for judged in ledger if judged.claim.paper == name]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -394,8 +393,7 @@ def ledger_markdown(ledger: Sequence[Judged]) -> str:
 def _line(judged: Judged) -> str:
     claim = judged.claim
     printed = f" (paper: {claim.printed})" if claim.printed else ""
-    shown = [finding.text() for finding in judged.findings if finding.difference is not None]
-    measured = "; ".join(shown)
+    measured = "; ".join(found.text() for found in judged.findings if found.difference is not None)
     verdict = f"{judged.verdict}: {judged.reason}" if judged.reason else judged.verdict
     cells = [claim.id, claim.statement + printed, verdict, measured, claim.tier]
     command = f"`{judged.command}`" if judged.command else ""

@@ -13,6 +13,7 @@ from robusthash.apps.experiment.tables import Cell, Column, Seed, aims, cell_of,
 from robusthash.apps.reports.cell_text import csv_cell, latex_table, markdown_cell, markdown_table
 from robusthash.apps.reproduction.entry_runs import EntryPlan
 from robusthash.apps.reproduction.paper_entries import BlockSpec
+from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import EvalResult, headline_of
 from robusthash.metrics.statistics import hierarchical_interval
 
@@ -70,16 +71,25 @@ def _block(plan: EntryPlan, block: BlockSpec, unit: float) -> TableBlock:
 
 
 def _chance(read: Sequence[Seed], columns: Sequence[Column]) -> dict[str, float]:
-    """Chance of the columns by direction and relevance; that of t-MAP apart."""
+    """Chance of the columns of MAP, whose it is, by direction and relevance; that of t-MAP apart."""
     chance = {}
     for column in columns:
         seed = next((seed for seed in read if column.result in seed.results), None)
         result = seed.results[column.result] if seed else None
+        if result and not _of_headline(column, result):
+            continue
         if seed and result and aims(column, result):
             chance[f"{result.scored_on} t-MAP".strip()] = result.reference["chance"]
         elif seed and result and result.scored_on in seed.clean:
             chance[result.scored_on] = seed.clean[result.scored_on].reference["chance"]
     return chance
+
+
+def _of_headline(column: Column, result: EvalResult) -> bool:
+    """True of the headline itself, as attacks change it: "MAP under hag", "wMAP"."""
+    if column.measure in (None, "representative"):
+        return True
+    return MeasureKey.parse(column.measure).base == result.setting.key.base
 
 
 def _printed(plan: EntryPlan, beside: str, row: str, unit: float) -> dict[str, float]:
