@@ -1,4 +1,4 @@
-"""The ``state`` of a part says "measured" where the kept results have it, and there alone."""
+"""Registered parts: "measured" where the kept results have them, and there alone; whole sentences."""
 
 from __future__ import annotations
 
@@ -64,3 +64,7 @@ def test_measured_parts_have_kept_results(kind: str) -> None:
         card.name: card.state for card in cards if (card.state == "measured") != ((kind, card.name) in used())
     }
     assert not wrong
+
+
+def test_summaries_are_whole_sentences() -> None:
+    assert not {card.name: card.summary for card in catalogue() if not card.summary.endswith(".")}

@@ -204,8 +204,7 @@ def dsarh(
     knowledge: Knowledge = "W1",
     features: float = 0.0,
 ) -> Attack:
-    """DSARH: sign steps of 2/255 against the signed mean of the known codes. 1, 3 or 10 steps in its
-    training.
+    """DSARH: sign steps of 2/255 against the signed mean of the known codes; 1 to 10 in its training.
 
     Args:
         steps: 20 in evaluation is ours (the paper stops when "the prediction" alters, which retrieval does

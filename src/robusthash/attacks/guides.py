@@ -70,12 +70,11 @@ class Positives(Guide):
 @register("attack-guide", "anchor", paper="DHTA 2020", targeted=True)
 @dataclass(frozen=True)
 class Anchor(Guide):
-    """Component voting over ``items`` random reference codes with exactly the target labels (9: DHTA, 1:
-    P2P).
+    """Component voting over ``items`` random reference codes with exactly the target labels.
 
-    Drawn without replacement, keyed by query; all of them where fewer exist (published copies draw with
-    replacement). A vote of 0 is +1. Where no reference item has exactly these labels, which the papers
-    exclude, those vote that have all of them (and more), else those that share any.
+    DHTA takes 9, P2P one. Drawn without replacement, keyed by query; all of them where fewer exist
+    (published copies draw with replacement). A vote of 0 is +1. Where no reference item has exactly these
+    labels, which the papers exclude, those vote that have all of them (and more), else those that share any.
     """
 
     items: int = 9

@@ -39,8 +39,7 @@ def spread_codes(classes: int, bits: int, steps: int, hidden: int, draws: Draws)
 
 @register("objective", "dcph", paper="Tu et al., IEEE TKDE 2023", evidence="reconstruction", state="measured")
 class DCPH(HashObjective):
-    """DCPH: deep cross-modal proxy hashing. A reconstruction: no code was found, and its paper was not at
-    hand.
+    """DCPH: deep cross-modal proxy hashing, reconstructed without its paper and without code.
 
     Proxies are ``spread_codes``, learned once at ``setup`` from the labels alone. L = mean over an item's n
     classes k of -log(e^{g (s_k - m)} / (e^{g (s_k - m)} + sum over other classes q of e^{g s_q})) + eta mean

@@ -20,8 +20,7 @@ from robusthash.training.recipe import HashingRecipe, Moment
 
 @register("recipe", "ukd", paper="Hu et al., CVPR 2020", evidence="paper+code", state="measured")
 class Distilled(HashingRecipe):
-    """UKD: a teacher of the same shape and start learns without labels; the student then learns its
-    neighbours.
+    """UKD: a teacher of the same shape learns without labels; the student then learns its neighbours.
 
     Args:
         objective: ``ukd``, of the student.
