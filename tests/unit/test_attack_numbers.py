@@ -39,8 +39,8 @@ def victim() -> Hasher:
         ({"name": "pgd", "step_size": float("nan")}, "step_size .* must be a finite number or null, got nan"),
         ({"name": "pgd", "steps": 0}, "steps must be at least 1, got 0"),
         ({"name": "pgd", "steps": -3}, "steps .* must not be below 0, got -3"),
-        ({"name": "hag", "lr": 0}, "lr must be above 0 and at most 1e6, got 0"),
-        ({"name": "cmla", "lr": 1e38}, "lr must be above 0 and at most 1e6, got 1e.38"),
+        ({"name": "hag", "lr": 0}, "lr must be above 0 and at most 1e30, got 0"),
+        ({"name": "cmla", "lr": 1e38}, "lr must be above 0 and at most 1e30, got 1e.38"),
         ({"name": "sdha", "lr": -0.1}, "lr must be above 0"),
         ({"name": "mainstay", "eps": 8}, r"eps 8 is outside \[0, 1\].* write 8/255, not 8"),
         (

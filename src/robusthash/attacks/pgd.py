@@ -306,8 +306,8 @@ class RawGradient(Search):
             raise ValueError(f"optimiser must be 'sgd' or 'adam', got {self.optimiser!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if not 0 < self.lr <= 1e6:  # far below what overflows in an optimiser
-            raise ValueError(f"lr must be above 0 and at most 1e6, got {self.lr!r}")
+        if not 0 < self.lr <= 1e30:  # floats overflow from 1e38
+            raise ValueError(f"lr must be above 0 and at most 1e30, got {self.lr!r}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum!r}")
 
