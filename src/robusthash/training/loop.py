@@ -51,7 +51,7 @@ class OptimConfig(Checked):
 
     def __post_init__(self) -> None:
         _one_of("optimiser", self.name, ("sgd", "adam", "adamw"))
-        for name, above in (("lr", 1e32), ("momentum", 1.0), ("weight_decay", 1e32)):  # floats overflow from 1e38
+        for name, above in (("lr", 1e32), ("momentum", 1.0), ("weight_decay", 1e32)):  # floats end there
             _in_range(name, getattr(self, name), above)
         if self.frozen_epochs < 0:
             raise ValueError(f"frozen_epochs must be at least 0, got {self.frozen_epochs}")
