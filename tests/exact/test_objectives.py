@@ -91,7 +91,7 @@ def test_balanced_dph_keeps_its_weight_with_the_model_and_plain_dph_needs_none()
     loaded.load_state_dict(trained.saved_state())
     assert loaded.similar_weight.item() == pytest.approx(4.0)
     assert DPH().saved_state() == {}  # what models trained before there was a balance hold
-    with pytest.raises(ValueError, match="cannot balance"):
+    with pytest.raises(ValueError, match="there is no pair to tell apart"):
         DPH(balance=True).setup(facts_of(torch.ones(4, 1), 6))
 
 

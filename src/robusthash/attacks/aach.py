@@ -113,6 +113,7 @@ def answered_codes(victim: Hasher, split: Any, modality: str, size: int = 128) -
     modality="image",
     supervised=False,
     state="measured",
+    published={"steps": 20},
 )
 def aach(
     eps: float | None = None,

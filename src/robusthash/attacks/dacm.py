@@ -99,7 +99,15 @@ class DACMLoss(Loss):
         return (output.relaxed(probe.alpha) * guidance.codes).mean(1) + self.weight * shared
 
 
-@register("attack", "dacm", paper=_PAPER, evidence="reconstruction", modality="cross-modal", state="measured")
+@register(
+    "attack",
+    "dacm",
+    paper=_PAPER,
+    evidence="reconstruction",
+    modality="cross-modal",
+    state="measured",
+    published={"steps": 100},
+)
 def dacm(
     eps: float | None = None, steps: int = 100, step_size: float | None = None, modality: Modality = "image"
 ) -> Attack:

@@ -31,9 +31,10 @@ def paper_suite(
     """Every published attack once, with its own steps, step size, slope and knowledge.
 
     Each returns its last point. An attack that a file registers with ``evidence`` ``paper`` or ``paper+code``
-    joins by itself, with the options that are registered as ``published``; ``pgd-20`` joins the 100 steps of
-    ``pgd``. Attacks that compare image and text join with ``pairs``. The threat gives the budget alone;
-    under another norm, which counts in other units, steps keep their share of it.
+    joins by itself, with the options that are registered as ``published``, and of the reconstructions one
+    that registers such; ``pgd-20`` joins the 100 steps of ``pgd``. Attacks that compare image and text join
+    with ``pairs``. The threat gives the budget alone; under another norm, which counts in other units, steps
+    keep their share of it.
 
     Args:
         steps: no attack takes more, and what learns takes no more epochs; the suite, and the budget of its
@@ -49,7 +50,8 @@ def paper_suite(
     on = attacked_modality(threat)
     modality: dict[str, Any] = {} if on == "image" else {"modality": on}
     joins = {"any", on, *(("cross-modal",) if pairs else ())}
-    cards = [c for c in catalogue("attack") if c.evidence.startswith("paper") and c.modality in joins]
+    known = [c for c in catalogue("attack") if c.evidence.startswith("paper") or c.published]
+    cards = [c for c in known if c.modality in joins]
     settings = {card.name: {"name": card.name, **card.published} for card in cards}
     if on != "text":
         settings["pgd-20"] = SHORT
