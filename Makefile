@@ -42,11 +42,11 @@ bench: setup
 	@for file in benchmarks/[a-z]*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
 
 # One step of every part of each recipe of the papers, at its true net and image size, on generated data; then of
-# each table and figure at the small scale.
+# each table and figure at the small scale, as the tests do too.
 dry-runs: setup
 	@for recipe in $$(find recipes/papers -name "*.yaml" | sort); do echo "$$recipe"; \
 	  OMP_NUM_THREADS=1 $(BIN)/robusthash run "$$recipe" --dry-run --miniature --batch 2 --json > /dev/null || exit 1; done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all-entries -k a_dry_run_of tests/unit/test_reproduction.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/flow/test_entry_dry_runs.py
 
 clean:
 	rm -rf .venv runs demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

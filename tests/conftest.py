@@ -28,7 +28,6 @@ torch.set_num_threads(1)  # the tests run side by side, and small tensors do not
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--servers", action="store_true", help="start PostgreSQL and Milvus (extra dev-index)")
-    parser.addoption("--all-entries", action="store_true", help="dry-run all tables and figures of papers")
     parser.addoption("--fuzz", type=int, default=140, help="malformed inputs of tests/fuzz (all: 1000)")
     parser.addoption(
         "--method",

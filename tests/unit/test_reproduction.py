@@ -21,7 +21,6 @@ from robusthash.apps.reproduction.claims_ledger import Claim, judge
 from robusthash.apps.reproduction.entry_runs import Recipes, Stored, identity_of, make_plan, take_over_model
 from robusthash.apps.reproduction.paper_entries import SCALES, Paper, papers, read_paper
 from robusthash.apps.reproduction.printed_table import make_blocks
-from robusthash.apps.reproduction.reproduction import try_entry
 from robusthash.core.runtime import show_progress, shown_by
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,25 +132,6 @@ def test_an_entry_resolves_to_runs_that_give_its_columns(name: str, entry: str, 
     for run in plan.runs:
         assert run.command.startswith(f"robusthash run {RECIPES.folder}/")
         assert run.recipe.is_file()
-
-
-SAMPLE = (
-    *(("saat", "table-2"), ("saah", "table-nag"), ("sfcl", "figure-transfer"), ("drfgd", "table-known")),
-    *(("dsarh", "table-5"), ("dsarh", "table-shallow")),
-)
-
-
-@pytest.mark.parametrize(("name", "entry"), [each[:2] for each in ENTRIES if each[2] == "small"])
-def test_a_dry_run_of_an_entry(name: str, entry: str, request: pytest.FixtureRequest) -> None:
-    if (name, entry) not in SAMPLE and not request.config.getoption("--all-entries"):
-        pytest.skip("not of the sample: make dry-runs")
-    found = papers()[name].entry(entry)
-    plan = make_plan(found, found.at("small"), RECIPES, Stored([]), seeds=1)
-    trial = try_entry(plan, miniature=True, batch=4)
-    assert len(trial.runs) == len(plan.runs)
-    assert trial.seconds == pytest.approx(trial.seed_seconds)  # one seed, of which nothing is stored
-    # a model that several rows start from is trained once
-    assert trial.seed_seconds <= sum(tried.seconds for tried in trial.runs.values())
 
 
 def test_every_paper_has_entries_and_every_row_a_recipe_or_a_reason() -> None:
