@@ -176,3 +176,10 @@ def test_verbs_measure_under_the_named_budget(call, runs, tmp_path, monkeypatch)
     code, _, err = call("evaluate", runs[0], "--threat", "img-linf-4")
     assert code == 1
     assert "needs --attack" in err
+
+
+def test_an_attack_that_changes_no_query_is_refused(call, runs) -> None:
+    said = "mainstay on text changes texts, and this evaluation searches by images; give an attack on images"
+    code, _, err = call("evaluate", runs[0], "--attack", "{name: mainstay, modality: text}")
+    assert code == 1
+    assert said in err

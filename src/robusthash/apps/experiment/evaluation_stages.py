@@ -107,6 +107,9 @@ def evaluate(
     with owned_together(run.path, "evaluation"):
         victim, objective = load_victim(run)
         data, selected = read_data(run.config, progress), selected_attacks(run, attacks)
+        if attacks is not None:
+            ends = [both[0] for each in section.directions or () if (both := ends_of(each))]
+            _check_used(selected, ends or victim.modalities[:1], objective)
         by_relevance = {name: data if name == "own" else data.by(name) for name in section.relevance}
         before = by_direction(run.evaluated()) if attacks is not None and run.was_evaluated else {}
         results: dict[str, EvalResult] = {}
@@ -147,6 +150,18 @@ def check_evaluation(run: Run) -> None:
         if getattr(section, name) and not card["hasher"].get("purifiers"):
             raise ConfigError(
                 f"evaluation.{name} overlooks a purifier, and {run.path} has none; use evaluation.attacks"
+            )
+
+
+def _check_used(attacks: NamedAttacks, queries: Sequence[str], objective: HashObjective) -> None:
+    """Refuse an attack that was asked for and changes no query of the evaluation."""
+    for name, (_, settings) in attacks.items():
+        changed = build("attack", settings, objective=objective).threat.balls
+        if not set(changed) & set(queries):
+            does, by = (" and ".join(f"{each}s" for each in dict.fromkeys(of)) for of in (changed, queries))
+            raise ConfigError(
+                f"{name} changes {does}, and this evaluation searches by {by}; give an attack on {by}, or "
+                f"evaluation.directions that search by {does}"
             )
 
 
