@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -114,11 +114,12 @@ def result_notes(results: Mapping[str, EvalResult]) -> dict[str, str]:
         for text in dict.fromkeys(result.notes):
             having.setdefault(text, []).append(name)
     return {
-        text: text if len(names) == len(results) else f"{_some(names)}: {text}"
+        text: text if len(names) == len(results) else f"{some_names(names)}: {text}"
         for text, names in having.items()
     }
 
 
-def _some(names: list[str], most: int = 3) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+def some_names(names: Sequence[str]) -> str:
+    """At most three names, and how many more there are: "a and b", "a, b, c and 2 more"."""
+    shown = [*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]
+    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))

@@ -44,7 +44,6 @@ class ShallowRecipe(Recipe):
     learns_from_labels = False  # the objective is not trained, and ``solve`` looks at what its method needs
     data_parallel = False
     new_heads = True
-    learns_from_labels = False  # the methods that do say so themselves
 
     def __init__(self, hasher: Hasher, objective: HashObjective, method: Component) -> None:
         self.hasher = hasher

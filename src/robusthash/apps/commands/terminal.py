@@ -273,7 +273,7 @@ def print_values(title: str, result: EvalResult) -> None:
 
 def print_headlines(results: Mapping[str, EvalResult]) -> None:
     """The headline of each result, next to clean and chance, and each note once."""
-    from robusthash.metrics.result_words import empty_notes, result_notes
+    from robusthash.metrics.result_words import empty_notes, result_notes, some_names
     from robusthash.metrics.results import headline_of
 
     rows: list[list[Any]] = []
@@ -292,13 +292,8 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     for text in (*empty_notes(results), *(shown for text, shown in notes.items() if text not in others)):
         note(text)
     if others:
-        note(f"notes on {_some(list(dict.fromkeys(others.values())))}: in --json, and in the report of a run")
-
-
-def _some(names: Sequence[str]) -> str:
-    """At most three names, and how many more there are: "a and b", "a, b, c and 2 more"."""
-    shown = [*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]
-    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+        measured = some_names(list(dict.fromkeys(others.values())))
+        note(f"notes on {measured}: in --json, and in the report of a run")
 
 
 def plain(result: EvalResult) -> dict[str, Any]:

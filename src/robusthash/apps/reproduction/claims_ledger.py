@@ -338,7 +338,7 @@ def _values(result: EvalResult, column: Column) -> Tensor:
     return torch.tensor([math.nan if number is None else number], dtype=torch.float64)
 
 
-def _is_least() -> bool:
+def _mainstay_least() -> bool:
     """The mainstay code has the least weighted distance sum of all codes of 8 bits, for random labels."""
     draws, bits, ids = Draws(0, ("claims",)), 8, torch.arange(40)
     codes = torch.where(draws.within("codes").uniform(ids, (bits,)) < 0.5, -1.0, 1.0)
@@ -373,7 +373,7 @@ def _alike(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(one, two) for one, two in pairs)
 
 
-_COMPUTED: dict[str, Callable[[], bool]] = {"mainstay-code": _is_least, "hasher-stays": _hasher_stays}
+_COMPUTED: dict[str, Callable[[], bool]] = {"mainstay-code": _mainstay_least, "hasher-stays": _hasher_stays}
 
 
 def ledger_markdown(ledger: Sequence[Judged]) -> str:
