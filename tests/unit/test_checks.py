@@ -17,6 +17,7 @@ from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.threat_model import edit_threat, image_threat
 from robusthash.data import load_data
+from robusthash.data.base import ArraySource
 from robusthash.evaluation import make_context
 from robusthash.evaluation.attack_block import attack_block
 from robusthash.evaluation.context import EvaluationContext
@@ -117,6 +118,20 @@ def test_edit_budgets_say_which_checks_cannot_be_run() -> None:
         assert math.isinf(found[id].value)
         assert "not run" in found[id].remedy
     assert found["F2"].level == found["F14"].level == found["F22"].level == "pass"
+
+
+def test_plain_backgrounds_under_a_pooling_layer_are_no_broken_gradient() -> None:
+    """Their pixels tie, and at a tie of the maximum a difference is no gradient."""
+    data = make_data(size=12)
+    pixels = torch.zeros(len(data.query), 3, 12, 12, dtype=torch.uint8)
+    pixels[:, :, 0, 0] = torch.arange(len(pixels))[:, None]
+    source = ArraySource({"image": pixels})
+    data = replace(data, query=replace(data.query, source=source, hashes=source.hashes()))
+    pooled = nn.Sequential(nn.Conv2d(3, 6, 3), nn.MaxPool2d(2), Flat())
+    head = LinearHead(torch.randn(8, 6 * 5 * 5, generator=torch.Generator().manual_seed(0)))
+    victim = Hasher({"image": pooled}, {"image": head})
+    (flag,) = [f for f in model_checks(make_context(victim, data), THREAT, queries=8) if f.id == "F14"]
+    assert flag.level == "pass"
 
 
 def test_few_steps_are_no_proof_of_convergence(honest: EvaluationContext) -> None:
