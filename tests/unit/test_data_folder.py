@@ -286,7 +286,7 @@ def test_compressed_or_missing_tar(listed: Path) -> None:
 def test_files_that_are_not_there_are_counted_and_named(listed: Path) -> None:
     (listed / "all" / "3.png").unlink()
     (listed / "all" / "7.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2 of 12 files of .*: all/3\.png, all/7\.png"):
+    with pytest.raises(FileNotFoundError, match=r"2 of 12 files of .*: all/3\.png and all/7\.png"):
         load(listed)
     with pytest.raises(FileNotFoundError, match=r"no manifest .*none\.csv"):
         load_data("folder", root=listed, manifest=listed / "none.csv")

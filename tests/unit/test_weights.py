@@ -143,7 +143,7 @@ def test_what_the_net_has_no_place_for_is_left_out_and_named(
     torch.save(under("module.", {**state, **head(classes=7)}), tmp_path / "w.pth")
     with caplog.at_level(logging.WARNING):
         assert load_weights(Net(), str(tmp_path / "w.pth"), "net") == ("module.fc.weight", "module.fc.bias")
-    assert "9 of 11 tensors taken; left out: module.fc.weight (7 x 2), module.fc.bias (7)" in caplog.text
+    assert "9 of 11 tensors taken; left out: module.fc.weight (7 x 2) and module.fc.bias (7)" in caplog.text
 
 
 def test_nothing_left_out_says_nothing(
@@ -278,11 +278,11 @@ BAD: dict[str, tuple[Callable[[Path, State], Any], str]] = {
     "a list": (lambda p, s: torch.save([1, 2], p), "hold no state dict but a list"),
     "no tensors": (
         lambda p, s: torch.save({"epoch": 1, "lr": 0.1}, p),
-        "hold no state dict but keys epoch, lr; save",
+        "hold no state dict but keys epoch and lr; save",
     ),
     "another key": (
         lambda p, s: torch.save({"student": s, "epoch": 1}, p),
-        "keys student, epoch.*under state_dict, ",
+        "keys student and epoch.*under state_dict, ",
     ),
     "another net": (
         lambda p, s: torch.save({"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}, p),

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
+from robusthash.core.words import some_of
 from robusthash.data.base import ArraySource, RetrievalData, flat_options
-from robusthash.data.image_files import ImageOptions, Skipped, decode, pixels_of, read_image, some_of
+from robusthash.data.image_files import ImageOptions, Skipped, decode, pixels_of, read_image
 from robusthash.data.image_listing import Listing, list_images
 from robusthash.data.splits import Indices, assemble, hash_pixels
 from robusthash.data.transforms import EVERYDAY, Change, crop, jpeg, through_jpeg, to_pixels

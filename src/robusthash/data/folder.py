@@ -15,8 +15,9 @@ from torch import Tensor
 
 from robusthash.core.limited_files import parse_json, regular
 from robusthash.core.registry import register
+from robusthash.core.words import some_names, some_of
 from robusthash.data.base import RetrievalData, flat_options
-from robusthash.data.image_files import ImageFile, ImageOptions, Skipped, decode, some_of
+from robusthash.data.image_files import ImageFile, ImageOptions, Skipped, decode
 from robusthash.data.image_listing import list_images
 from robusthash.data.image_text import TextOptions
 from robusthash.data.label_cells import caption_texts, label_rows
@@ -202,13 +203,14 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> tuple[list[En
         raise ValueError(f"{root} is empty: it holds neither class folders nor images")
     if {path.name.lower() for path in classes} <= _SPLIT_NAMES:
         raise ValueError(
-            f"the folders of {root} are named like splits ({_some([each.name for each in classes])}), "
+            f"the folders of {root} are named like splits ({some_names([each.name for each in classes])}), "
             "not like classes; give a manifest with the columns file, labels and split"
         )
     listed = {path.name: list_images(path) for path in classes}
     empty = [name for name, listing in listed.items() if not listing.images]
     if empty:
-        raise ValueError(f"{len(empty)} class folders of {root} hold no image: {_some(empty)}; fill them")
+        count = f"{len(empty)} class folders of {root}"
+        raise ValueError(f"{count} hold no image: {some_names(empty)}; fill them")
     skipped = [*top.skipped, *(one for listing in listed.values() for one in listing.skipped)]
     entries = [Entry(ImageFile(file), (name,)) for name, at in listed.items() for file in at.images]
     return entries, tuple(skipped)
@@ -256,7 +258,7 @@ def _entries_of_manifest(
         entries.append(Entry(file, own, str(row.get("split") or ""), captions, others))
     if missing:
         count = f"{len(missing)} of {len(rows)} files of {manifest}"
-        raise FileNotFoundError(f"{count} are not in {archive or root}: {_some(missing)}")
+        raise FileNotFoundError(f"{count} are not in {archive or root}: {some_names(missing)}")
     return entries, form
 
 
@@ -315,7 +317,7 @@ def _refuse_repeated(values: Iterable[str], column: str, manifest: Path) -> None
     twice = [value for value, count in Counter(values).items() if count > 1]
     if twice:
         count = f"{len(twice)} values of column {column!r}"
-        raise ValueError(f"{count} occur twice in {manifest}: {_some(twice)}")
+        raise ValueError(f"{count} occur twice in {manifest}: {some_names(twice)}")
 
 
 def _members(archive: Path) -> dict[str, ImageFile]:
@@ -339,7 +341,3 @@ def _file_below(root: Path, name: str) -> ImageFile | None:
         raise ValueError(f"the manifest names {name!r}; files must lie below {root}")
     path = root / relative
     return ImageFile(path) if path.is_file() else None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from robusthash.core.types import Inputs
+from robusthash.core.words import some_of
 from robusthash.data.base import as_input, content_hash
 from robusthash.data.decoding_processes import READING, FileReading, done_in_order
 from robusthash.data.marker_limits import check_parts
@@ -380,12 +381,6 @@ def decode(
     hashed, counted, number = np.array(hashes, "S16"), tuple(skipped), reading.workers
     source = FileSource(readable, options, hashed, held, skipped=counted, processes=number)
     return source, torch.tensor(rows).long()
-
-
-def some_of(items: Sequence[object], most: int = 20) -> str:
-    """The first ``most`` of some items as text, and how many more there are."""
-    more = f"; and {len(items) - most} more" if len(items) > most else ""
-    return "; ".join(map(str, items[:most])) + more
 
 
 def read_images(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from robusthash.core.words import some_names
 
 if TYPE_CHECKING:
     from robusthash.metrics.results import EvalResult
@@ -117,9 +119,3 @@ def result_notes(results: Mapping[str, EvalResult]) -> dict[str, str]:
         text: text if len(names) == len(results) else f"{some_names(names)}: {text}"
         for text, names in having.items()
     }
-
-
-def some_names(names: Sequence[str]) -> str:
-    """At most three names, and how many more there are: "a and b", "a, b, c and 2 more"."""
-    shown = [*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]
-    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))

@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from robusthash.core.limited_files import check_archive
 from robusthash.core.out_of_memory import out_of_memory
+from robusthash.core.words import some_names
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ Renaming = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 _WRAPPERS = ("module", "_orig_mod")  # put into names by DataParallel and torch.compile, at any place
 _OPTIONAL = "num_batches_tracked"  # of BatchNorm; files of old versions lack it and nothing here reads it
-_LISTED = 3
 
 
 def load_weights(
@@ -65,7 +65,7 @@ def load_weights(
     used = {originals[prefix + key] for key in own if key in expected}
     left = tuple(key for key in tensors if key not in used)
     if left:
-        listed = _some([f"{key} ({_shape(tensors[key])})" for key in left])
+        listed = some_names([f"{key} ({_shape(tensors[key])})" for key in left])
         message = "weights %s: %d of %d tensors taken; left out: %s"
         logger.warning(message, path, len(used), len(tensors), listed)
     return left
@@ -155,7 +155,7 @@ def _state(content: Any, path: Path) -> dict[str, Tensor]:
         tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
         if tensors:
             return tensors
-        kind = f"keys {_some([str(key) for key in content])}"
+        kind = f"keys {some_names([str(key) for key in content])}"
     remedy = f"save names and tensors, bare or under {', '.join(HOLDERS)}"
     raise ValueError(f"weights '{path}' hold no state dict but {kind}; {remedy}")
 
@@ -198,19 +198,15 @@ def _check(
     more = [key for key in own if key not in expected and key.partition(".")[0] in parts]
     more = [key for key in more if not (head and key.startswith(head))]
     kinds = {"missing": missing, "of another shape": shaped, "too many": more}
-    wrong = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    wrong = [f"{len(names)} {kind}: {some_names(names)}" for kind, names in kinds.items() if names]
     if wrong:
         remedy = fits or "give weights of this net, or take the encoder that they are of"
         raise ValueError(f"{file} are not of {name}: {'; '.join(wrong)}; {remedy}")
     broken = [key for key, (value, _) in pairs.items() if not torch.isfinite(value).all()]
     if broken:
-        raise ValueError(f"{file} hold NaN or infinite values, in {_some(broken)}; fetch the file again")
+        raise ValueError(f"{file} hold NaN or infinite values, in {some_names(broken)}; fetch the file again")
 
 
 def _shape(value: Tensor) -> str:
     size = " x ".join(map(str, value.shape)) or "a number"
     return size if value.is_floating_point() else f"{size} of {str(value.dtype).removeprefix('torch.')}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from robusthash.core.runtime import Draws
-from robusthash.data.image_files import MAX_PIXELS, path_text, read_images, some_of
+from robusthash.core.words import some_of
+from robusthash.data.image_files import MAX_PIXELS, path_text, read_images
 from robusthash.data.image_listing import list_images
 from robusthash.data.photos import PHOTOGRAPHS, photograph_path
 from robusthash.data.splits import hash_pixels

@@ -23,8 +23,9 @@ from robusthash.core.directory_lock import InUse
 from robusthash.core.hamming import pack
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import Progress, silent
+from robusthash.core.words import some_of
 from robusthash.data.base import as_input
-from robusthash.data.image_files import MAX_PIXELS, ImageOptions, Skipped, iter_images, path_text, some_of
+from robusthash.data.image_files import MAX_PIXELS, ImageOptions, Skipped, iter_images, path_text
 from robusthash.models.encoding import encode_signs
 from robusthash.models.hasher import Hasher
 

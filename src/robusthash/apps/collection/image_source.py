@@ -22,8 +22,9 @@ from robusthash.apps.collection.collection_items import (
 )
 from robusthash.apps.collection.tar_source import TarPart, Tars
 from robusthash.apps.experiment.index_items import described_file
+from robusthash.core.words import some_of
 from robusthash.data.folder import iter_manifest
-from robusthash.data.image_files import ImageFile, Skipped, path_text, some_of
+from robusthash.data.image_files import ImageFile, Skipped, path_text
 from robusthash.data.image_listing import walk_images
 from robusthash.index.payload_filter import check_key
 

@@ -16,6 +16,7 @@ from robusthash.apps.commands.terminal import (
     reply,
     warn,
 )
+from robusthash.core.words import some_names
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,12 @@ def _encode_collection(
     if report["failed"]:
         note(f"{len(report['failed'])} parts failed; the same command tries them again")
     if report["in_use"]:
-        note(f"in use by other processes: {_some(report['in_use'])}; repeat the command when they have ended")
+        held = some_names(report["in_use"])
+        note(f"in use by other processes: {held}; repeat the command when they have ended")
     if report["stale"]:
         remedy = "the same command without --shard encodes them again, or with the shards that have them"
-        warn("stale", f"the collection has changed since {_some(report['stale'])} were encoded; {remedy}")
+        parts = some_names(report["stale"])
+        warn("stale", f"the collection has changed since {parts} were encoded; {remedy}")
     if report["failed"] or report["in_use"] or report["stale"]:
         raise typer.Exit(1)
 
@@ -175,8 +178,4 @@ def _note_report(report: dict[str, Any]) -> None:
     whole = f"{report['items']} images encoded, {len(skipped)} files passed over"
     note(f"in all {report['done']} of {report['parts']} parts: {whole}")
     if report["missing"]:
-        note(f"not encoded yet, as of other shards: {_some(report['missing'])}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        note(f"not encoded yet, as of other shards: {some_names(report['missing'])}")

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robusthash.core.atomic_files import json_text
+from robusthash.core.words import some_names
 
 if TYPE_CHECKING:
     from robusthash.metrics.results import EvalResult
@@ -273,7 +274,7 @@ def print_values(title: str, result: EvalResult) -> None:
 
 def print_headlines(results: Mapping[str, EvalResult]) -> None:
     """The headline of each result, next to clean and chance, and each note once."""
-    from robusthash.metrics.result_words import empty_notes, result_notes, some_names
+    from robusthash.metrics.result_words import empty_notes, result_notes
     from robusthash.metrics.results import headline_of
 
     rows: list[list[Any]] = []

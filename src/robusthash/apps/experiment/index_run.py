@@ -29,6 +29,7 @@ from robusthash.core.atomic_files import write_arrays
 from robusthash.core.hamming import pack
 from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
+from robusthash.core.words import some_of
 from robusthash.data.base import RetrievalData, Split, as_input
 from robusthash.data.image_files import (
     MAX_PIXELS,
@@ -39,7 +40,6 @@ from robusthash.data.image_files import (
     iter_images,
     path_text,
     read_image,
-    some_of,
 )
 from robusthash.data.image_listing import Listing, list_images
 from robusthash.index import CodeIndex, address_of, open_index

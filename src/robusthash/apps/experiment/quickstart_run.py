@@ -22,6 +22,7 @@ from robusthash.apps.experiment.table_text import copy_table
 from robusthash.apps.experiment.training_stages import run_all
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.runtime import Progress, silent, yield_when_busy
+from robusthash.core.words import some_names
 from robusthash.data.copies import CHANGES, LEAST, images_below
 from robusthash.data.image_files import UnreadableImage, read_image
 from robusthash.data.transforms import to_pixels
@@ -117,9 +118,8 @@ def plan(folder: str | Path, labels: Labels = "auto", manifest: str | Path | Non
             "least: with one class everything is alike; --labels none trains without labels"
         )
     if labels == "folders" or (labels == "auto" and len(classes) > 1 and not loose):
-        words = (
-            f"{len(classes)} subfolders as classes ({_some(classes)}); --labels none trains without labels"
-        )
+        named = f"{len(classes)} subfolders as classes ({some_names(classes)})"
+        words = f"{named}; --labels none trains without labels"
         return Plan("labels", root, words, paths)
     if len(paths) < LEAST:
         raise ValueError(
@@ -160,10 +160,6 @@ def _manifest(folder: Path, manifest: str | Path | None, named: bool) -> Path | 
     if named and not there:
         raise ValueError(f"{folder} holds no CSV or JSON-lines file; name the manifest by --manifest")
     return there[0] if there else None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _write_recipes(out: Path, plan: Plan, seed: int, sets: Sequence[str]) -> list[Path]:
