@@ -149,7 +149,7 @@ def labelled(folder: Path, target: Path, classes: int) -> Path:
 def test_class_folders_and_a_manifest_are_labels(folder: Path, tmp_path: Path):
     images = labelled(folder, tmp_path / "classes", 2)
     summary = rh.quickstart(images, tmp_path / "out", sets=LABELLED)
-    assert "2 subfolders as classes (c0, c1)" in summary["taken for"]
+    assert "2 subfolders as classes (c0 and c1)" in summary["taken for"]
     assert summary["copies"] == []
     assert summary["indexed"] == COUNT
     assert {"clean", "pgd", "worst"} == set(summary["headline"])
