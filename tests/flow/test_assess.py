@@ -119,6 +119,27 @@ def _forget(run: Path) -> None:
         path.unlink()
 
 
+def test_another_label_system_is_what_attackers_and_scores_go_by(call, run, monkeypatch):
+    """Its results stand besides those by the labels of the data, under a name that says it."""
+    own = model_stages.read_data(load_run(run).config)
+    splits = {}
+    for name, part in own.splits.items():
+        pairs = part.labels.unflatten(1, (-1, 2)).amax(2)  # two classes are one: more is relevant
+        splits[name] = replace(part, also={"coarse": pairs})
+    monkeypatch.setattr(assessing, "read_data", lambda *_: replace(own, **splits))
+    code, _, err = call("assess", run, "--tier", "smoke")
+    assert code == 0, err
+    code, out, err = call("assess", run, "--tier", "smoke", "--relevance", "coarse", "--json")
+    assert code == 0, err
+    assert json.loads(out)["name"] == "by coarse img-linf-8 smoke"
+    fine, wide = load_results(run / "assess.json").values()
+    assert (fine.setting.relevance, wide.setting.relevance) == ("own", "coarse")
+    assert wide.reference["chance"] > fine.reference["chance"]
+    code, _, err = call("assess", run, "--relevance", "colour")
+    assert code == 1
+    assert "no labels 'colour' besides its own; it has ['coarse']" in err
+
+
 def test_damaged_blocks_and_bad_words_are_refused(call, run):
     assessing.assess(load_run(run), "smoke")
     victim = next(run.rglob("*/0/0.npz"))

@@ -109,6 +109,7 @@ AnyQueries = Annotated[int | None, _queries]
 Direction = Annotated[
     Literal["I2I", "I2T", "T2I", "T2T"] | None, Option(help="Modality of query, then database.")
 ]
+Relevance = Annotated[str, Option(help="Labels that say what is relevant, as class; own: those of the data.")]
 AttackName = Annotated[str, Argument(help="Attack, as YAML or by name: mainstay, '{name: hag, steps: 50}'.")]
 Seed = Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn at random.")]
 Figure = Annotated[bool, Option("--figure/--no-figure", help="Draw it too (needs the extra `figures`).")]

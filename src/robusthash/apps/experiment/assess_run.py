@@ -12,7 +12,7 @@ import torch
 
 from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.config import Component
-from robusthash.apps.experiment.evaluation_stages import context_of, described, named_attacks
+from robusthash.apps.experiment.evaluation_stages import context_of, described, named_attacks, scored_by
 from robusthash.apps.experiment.model_stages import load_hasher, load_victim, prepare_process, read_data
 from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
 from robusthash.apps.experiment.threat_options import attack_under, threat_name, threat_on_data
@@ -46,6 +46,7 @@ def assess(
     progress: Progress = silent,
     *,
     direction: str | None = None,
+    relevance: str = "own",
     curve: bool = False,
     shard: tuple[int, int] | None = None,
     checked: bool = True,
@@ -57,6 +58,7 @@ def assess(
     Args:
         tier_name, threat, queries: as of ``tiers.prepare_tier``.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
+        relevance: label system that says what is relevant, to attackers and scores; ``own``: the data's.
         curve: the worst case at seven budgets too, by the attacks ``guided`` and ``soft-ap``.
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them. The
             processes of ``torchrun`` divide the work by themselves.
@@ -84,6 +86,7 @@ def assess(
         prepare_process(run.config)
         victim, objective = load_victim(run)
         data = read_data(run.config, progress)
+        data = data if relevance == "own" else data.by(relevance)
         context = context_of(run, victim, data, progress, direction, whole=True)
         aim = threat_on_data(threat, data, "W2") if isinstance(threat, str) else threat
         options["surrogates"] = _surrogates(run, options.get("surrogates", ()), data, context)
@@ -101,9 +104,10 @@ def assess(
             run_attacks(prepared.context, prepared.suite.specs, store, progress, shard)
             return None
         result = assess_tier(prepared, curve=curve, checked=checked, store=store, progress=progress)
-        result = replace(result, scored_on=direction or "")
+        scored_on = scored_by(direction, relevance)
         added = f" with {', '.join(spec.name for spec in own)}" if own else ""
-        result = described(result, f"{result.scored_on} {result.name}{added}".strip(), run)
+        result = described(result, f"{scored_on} {result.name}{added}".strip(), run, relevance)
+        result = replace(result, scored_on=scored_on)
         if stored and rank() == 0:
             others.pop(result.name, None)
             save_results(run.path / "assess.json", [*others.values(), result])

@@ -41,6 +41,11 @@ def ends_of(direction: str | None) -> tuple[str, str] | None:
     return None if direction is None else (_MODALITY[direction[0]], _MODALITY[direction[-1]])
 
 
+def scored_by(direction: str | None, relevance: str) -> str:
+    """Direction and relevance as they stand before the name of a result: ``T2I by class``."""
+    return " ".join(filter(None, (direction, "" if relevance == "own" else f"by {relevance}")))
+
+
 def context_of(
     run: Run,
     victim: Hasher,
@@ -116,8 +121,7 @@ def evaluate(
         for relevance, relevant in by_relevance.items():
             for direction in section.directions or (None,):
                 context = context_of(run, victim, relevant, progress, direction)
-                parts = [direction or "", "" if relevance == "own" else f"by {relevance}"]
-                scored_on = " ".join(filter(None, parts))
+                scored_on = scored_by(direction, relevance)
                 held = before.pop(scored_on, {})
                 scored = _evaluate_context(run, context, objective, selected, progress, relevance, held)
                 for attack, result in scored.items():
