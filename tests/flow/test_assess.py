@@ -11,12 +11,12 @@ import pytest
 
 from robusthash.apps.commands import assess_command as suite_verb
 from robusthash.apps.experiment import assess_run as assessing
-from robusthash.apps.experiment import model_stages, run_directory, training_stages
+from robusthash.apps.experiment import evaluation_stages, model_stages, run_directory, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import RunError, load_run
 from robusthash.attacks.threat_model import edit_threat, image_threat
 from robusthash.core.runtime import silent
-from robusthash.data import load_data
+from robusthash.data import RetrievalData, load_data
 from robusthash.evaluation.attack_spec import GradientAttack
 from robusthash.evaluation.context import make_context
 from robusthash.metrics.results import load_results
@@ -119,25 +119,46 @@ def _forget(run: Path) -> None:
         path.unlink()
 
 
-def test_another_label_system_is_what_attackers_and_scores_go_by(call, run, monkeypatch):
-    """Its results stand besides those by the labels of the data, under a name that says it."""
-    own = model_stages.read_data(load_run(run).config)
+@pytest.fixture
+def coarser(monkeypatch) -> RetrievalData:
+    """The data of ``CONFIG`` with a second label system, ``coarse``: two classes are one."""
+    own = model_stages.read_data(make_config(CONFIG))
     splits = {}
     for name, part in own.splits.items():
-        pairs = part.labels.unflatten(1, (-1, 2)).amax(2)  # two classes are one: more is relevant
+        pairs = part.labels.unflatten(1, (-1, 2)).amax(2)
         splits[name] = replace(part, also={"coarse": pairs})
-    monkeypatch.setattr(assessing, "read_data", lambda *_: replace(own, **splits))
+    both = replace(own, **splits)
+    for stages in (assessing, evaluation_stages, training_stages):
+        monkeypatch.setattr(stages, "read_data", lambda *_: both)
+    return both
+
+
+def test_another_label_system_is_what_attackers_and_scores_go_by(call, run, coarser):
+    """Its results stand besides those by the labels of the data, under a name that says it."""
     code, _, err = call("assess", run, "--tier", "smoke")
     assert code == 0, err
     code, out, err = call("assess", run, "--tier", "smoke", "--relevance", "coarse", "--json")
     assert code == 0, err
     assert json.loads(out)["name"] == "by coarse img-linf-8 smoke"
-    fine, wide = load_results(run / "assess.json").values()
+    fine, wide = load_results(run / "assess.json")
     assert (fine.setting.relevance, wide.setting.relevance) == ("own", "coarse")
     assert wide.reference["chance"] > fine.reference["chance"]
     code, _, err = call("assess", run, "--relevance", "colour")
     assert code == 1
     assert "no labels 'colour' besides its own; it has ['coarse']" in err
+
+
+def test_an_evaluation_by_another_label_system(tmp_path, coarser):
+    config = make_config({**CONFIG, "evaluation": {"relevance": ["own", "coarse"], "attacks": ["mainstay"]}})
+    results = evaluation_stages.evaluate(training_stages.train(config, tmp_path))
+    assert list(results) == [
+        "clean",
+        "mainstay",
+        "worst",
+        *(f"by coarse {n}" for n in ("clean", "mainstay", "worst")),
+    ]
+    for name in ("clean", "mainstay"):
+        assert results[f"by coarse {name}"]["MAP"] > results[name]["MAP"]
 
 
 def test_damaged_blocks_and_bad_words_are_refused(call, run):

@@ -299,7 +299,7 @@ def make_context(
         MemoryError: single items do not fit.
     """
     require_hasher(victim)
-    if not data.label_names:
+    if not any(part.labels is not None and part.labels.any() for part in (data.query, data.database)):
         raise ValueError(
             f"no item of {data.name} has a label, so no search of it can be scored: label queries and "
             "database, or stop at the trained model ('robusthash train'), which searches without labels"
