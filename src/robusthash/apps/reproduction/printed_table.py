@@ -37,6 +37,7 @@ class TableBlock:
     beside: str
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
+    shared: tuple[str, ...]  # what all its results have in common: bits, objective, budget
     chance: dict[str, float]
 
 
@@ -67,7 +68,19 @@ def _block(plan: EntryPlan, block: BlockSpec, unit: float) -> TableBlock:
         lines.append(Line(row, cells, printed, len(seeds), plan.missing.get((block.title, row), "")))
     used = {title for line in lines for title in line.cells}
     shown = [column for title, column in plan.columns.items() if column and title in used]
-    return TableBlock(block.title, block.beside, tuple(plan.columns), tuple(lines), _chance(read, shown))
+    titles, shared = tuple(plan.columns), _shared(read, shown)
+    return TableBlock(block.title, block.beside, titles, tuple(lines), shared, _chance(read, shown))
+
+
+def _shared(read: Sequence[Seed], columns: Sequence[Column]) -> tuple[str, ...]:
+    """Code length, objective and budget, each where all results that are shown have the same."""
+    settings = [seed.results[c.result].setting for seed in read for c in columns if c.result in seed.results]
+    every = {
+        "": {f"{setting.bits} bits" for setting in settings},
+        "objective ": {setting.objective for setting in settings},
+        "budget ": {setting.threat for setting in settings if setting.threat != "none"},
+    }
+    return tuple(f"{what}{each}" for what, values in every.items() if len(values) == 1 for each in values)
 
 
 def _chance(read: Sequence[Seed], columns: Sequence[Column]) -> dict[str, float]:
@@ -218,7 +231,8 @@ def _fine(cell: Cell) -> str:
 
 
 def _below(block: TableBlock) -> str:
-    parts = [f"chance {on} {value:.3f}".replace("  ", " ") for on, value in block.chance.items()]
+    chance = (f"chance {on} {value:.3f}".replace("  ", " ") for on, value in block.chance.items())
+    parts = [*block.shared, *chance]
     parts += [f"in brackets the paper's values on {block.beside}"] if block.beside else []
     return f": {'; '.join(parts)}" if parts else ""
 
