@@ -161,6 +161,16 @@ def test_an_evaluation_by_another_label_system(tmp_path, coarser):
         assert results[f"by coarse {name}"]["MAP"] > results[name]["MAP"]
 
 
+def test_a_damaged_generator_is_refused_where_its_blocks_are_stored(call, run, tmp_path):
+    file = tmp_path / "generator.pt"
+    own = json.dumps({"name": "pros-gan", "epochs": 1, "width": 2, "hidden": 8, "generator": str(file)})
+    assert call("assess", run, "--tier", "smoke", "--attack", own)[0] == 0
+    file.write_bytes(file.read_bytes()[:100])
+    code, _, err = call("assess", run, "--tier", "smoke", "--attack", own)
+    assert code == 1
+    assert "is no file of a generator" in err
+
+
 def test_damaged_blocks_and_bad_words_are_refused(call, run):
     assessing.assess(load_run(run), "smoke")
     victim = next(run.rglob("*/0/0.npz"))

@@ -385,7 +385,9 @@ def test_every_claim_names_what_decides_it() -> None:
         for paper in ("SAAT", "SAAH", "SFCL", "DRFGD", "DSARH")
     }
     assert counts == {"SAAT": 10, "SAAH": 11, "SFCL": 9, "DRFGD": 8, "DSARH": 10}
-    rows = {identity_of(RECIPES.config(f"ucmerced-{name}")[1]) for name in ("sem", "sem-cgat", "sfcl")}  # a page's
+    rows = {
+        identity_of(RECIPES.config(f"ucmerced-{name}")[1]) for name in ("sem", "sem-cgat", "sfcl")
+    }  # a page's
     for name, entry, scale in ENTRIES:
         if scale == "small":
             found = papers()[name].entry(entry)

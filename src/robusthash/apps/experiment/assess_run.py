@@ -12,7 +12,13 @@ import torch
 
 from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.config import Component
-from robusthash.apps.experiment.evaluation_stages import context_of, described, named_attacks, scored_by
+from robusthash.apps.experiment.evaluation_stages import (
+    context_of,
+    described,
+    named_attacks,
+    scored_by,
+    use_generator,
+)
 from robusthash.apps.experiment.model_stages import load_hasher, load_victim, prepare_process, read_data
 from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
 from robusthash.apps.experiment.threat_options import attack_under, threat_name, threat_on_data
@@ -96,6 +102,8 @@ def assess(
             curve_attacks(prepared)  # refused before anything is attacked
         store: BlockStore = NoStore()
         if stored:
+            for spec in own:
+                use_generator(prepared.context, spec.attack, progress)
             store = FolderStore(_folder(run, prepared.suite, prepared.context))
         if shard is not None:
             if isinstance(store, FolderStore):

@@ -297,12 +297,17 @@ def attacked_queries(
         described |= {"plugins": used} if (used := sources(settings)) else {}
         write_json(folder / "config.json", described)
     wait_for_others()
-    if attack.guide.file is not None:  # read or written even where all blocks are stored
-        with shown_by(progress):
-            context.fitted(attack)
+    use_generator(context, attack, progress)
     return attack_all(
         context, attack, context.victim.as_seen_from(view), progress, AttackFolder(folder), name
     )
+
+
+def use_generator(context: EvaluationContext, attack: Attack, progress: Progress) -> None:
+    """Read or write the generator file of an attack that has one, which stored blocks alone would not do."""
+    if attack.guide.file is not None:
+        with shown_by(progress):
+            context.fitted(attack)
 
 
 def _evaluated_of(run: Run) -> str:
