@@ -125,8 +125,7 @@ def test_the_floor_search_never_ends_above_its_starts_and_is_a_local_minimum(k: 
     database = Codes(pack(centers[classes] * noise), 8, torch.arange(300))
     labels = torch.nn.functional.one_hot(classes, 4)
     query_labels, own = torch.eye(4)[[0, 1, 2, 3, 0]], centers[[0, 1, 2, 3, 0]]
-    ids = torch.arange(5)
-    starts = robust.floor_starts(own, centers[[1, 2, 3, 0, 1]], ids, Draws(0))
+    starts = robust.floor_starts(own, centers[[1, 2, 3, 0, 1]], query_labels, Draws(0))
     assert starts.shape == (5, 10, 8)
     assert torch.equal(starts[:, 0], -own.to(torch.int8))
     floor, found = robust.floor_ap(starts, query_labels, database, labels, k)
@@ -146,11 +145,13 @@ def test_the_floor_search_never_ends_above_its_starts_and_is_a_local_minimum(k: 
     assert torch.equal(alone, floor[2:3])
 
 
-def test_floor_starts_are_keyed_by_id() -> None:
-    own = torch.ones(6, 12, dtype=torch.int8)
-    together = robust.floor_starts(own, None, torch.arange(6), Draws(1))
-    alone = robust.floor_starts(own[4:5], None, torch.tensor([4]), Draws(1))
+def test_random_starts_of_the_floor_are_those_of_the_label_set() -> None:
+    own, labels = torch.ones(6, 12, dtype=torch.int8), torch.eye(3)[[0, 1, 2, 2, 1, 0]]
+    together = robust.floor_starts(own, None, labels, Draws(1))
+    alone = robust.floor_starts(own[4:5], None, labels[4:5], Draws(1))
     assert torch.equal(together[4:5], alone)
+    assert torch.equal(together[:3], together[[5, 4, 3]])
+    assert not torch.equal(together[0], together[1])
     assert together.shape == (6, 9, 12)
     with pytest.raises(ValueError, match="starts must be"):
         robust.floor_ap(together[0], torch.eye(6), codes(5, 12, 0), torch.eye(6)[:5])

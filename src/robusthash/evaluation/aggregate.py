@@ -322,8 +322,8 @@ def _floor(
         return None, (note,)
     steered = [attacked.representative[:, 0] for blocks in runs.blocks.values() for attacked in blocks]
     representative = next((codes for codes in steered if codes.shape[1]), None)
-    ids = torch.arange(len(context.queries))
-    starts = robustness.floor_starts(context.query.signs(), representative, ids, Draws(context.seed), random)
+    own, labels, draws = context.query.signs(), context.query_labels, Draws(context.seed)
+    starts = robustness.floor_starts(own, representative, labels, draws, random)
     database = context.database, context.database_labels
     floor, _ = robustness.floor_ap(starts, context.query_labels, *database, protocol.k, protocol.ap)
     return floor, ()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robusthash.core.embeddings import Searched, paired_distances
 from robusthash.core.hamming import distance, pack, unpack
-from robusthash.core.runtime import Draws
+from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Codes
 from robusthash.metrics.average_precision import Denominator, Groups, average_precision, share
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
@@ -176,16 +176,19 @@ def completeness(clean: Tensor, attacked: Tensor, floor: Tensor) -> Tensor:
 
 
 def floor_starts(
-    own: Tensor, representative: Tensor | None, ids: Tensor, draws: Draws, random: int = 8
+    own: Tensor, representative: Tensor | None, labels: Tensor, draws: Draws, random: int = 8
 ) -> Tensor:
     """(Q, S, K) int8 start codes of the floor search: own complement, representative, random codes.
 
     Args:
         own, representative: (Q, K) signs of the clean queries and of the codes that the attack steers to.
-        ids: (Q,) int64 query ids, the key of the random codes, ``random`` a query.
+        labels: (Q, C) multi-hot, the key of the random codes: the search knows a query by its labels alone,
+            so those of one label set share them, and they are searched from once.
     """
     bits = own.shape[1]
-    codes = torch.where(draws.within("floor").uniform(ids.cpu(), (random, bits)) < 0.5, -1, 1).to(torch.int8)
+    label_sets, member = torch.unique(labels.cpu().to(torch.uint8), dim=0, return_inverse=True)
+    keys = torch.tensor([int(digest(each.tolist()), 16) for each in label_sets])[member]
+    codes = torch.where(draws.within("floor").uniform(keys, (random, bits)) < 0.5, -1, 1).to(torch.int8)
     parts = [-own.cpu()[:, None].to(torch.int8), codes]
     if representative is not None:
         parts.insert(1, representative.cpu()[:, None].to(torch.int8))
