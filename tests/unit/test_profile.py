@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -120,6 +123,25 @@ def test_machine_code_is_used_for_large_counts_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(core, "_numba_installed", lambda: False)
     assert_equal(found, code_profile(*make(1 << 10, 16, 4, 2), *large))
     assert calls == [1]
+
+
+def test_machine_code_leaves_the_threads_of_torch_as_they_are() -> None:
+    """Numba's first call changes the threads of OpenMP, which are torch's; so in a process of its own."""
+    pytest.importorskip("numba", reason="needs the extra 'fast' (pip install robusthash[fast])")
+    lines = (
+        "import numpy as np, torch",
+        "torch.set_num_threads(1)",
+        "assert torch.get_num_threads() == 1",
+        "from robusthash.metrics.distance_histogram_numba import count",
+        "one = np.ones((1, 1), np.uint64)",
+        "count(one, one, one, one, np.zeros(0, np.int64), np.zeros((1, 2, 2), np.int64))",
+        "print(torch.get_num_threads())",
+    )
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1\n"
 
 
 @pytest.mark.parametrize("shards", [1, 7, 50])

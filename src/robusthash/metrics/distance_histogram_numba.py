@@ -34,12 +34,14 @@ def count(
         weights: (M,) int64 items that each row stands for; (0,): one each.
         table: (Q, overlaps, distances) int64, wide enough for every pair.
     """
+    threads = torch.get_num_threads()
     before = numba.get_num_threads()
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), before)))
+    numba.set_num_threads(max(1, min(threads, before)))
     try:
         _count(codes, labels, other_codes, other_labels, weights, table)
     finally:
         numba.set_num_threads(before)
+        torch.set_num_threads(threads)  # numba's first call changes the threads of OpenMP, which are torch's
 
 
 @intrinsic
