@@ -41,7 +41,7 @@ from robusthash.robustness.checks.behaviour_checks import require_usable
 from robusthash.robustness.checks.model_checks import model_checks
 from robusthash.robustness.specs.transfer_attacks import Surrogate, make_surrogate
 from robusthash.robustness.suite import Suite
-from robusthash.robustness.tiers import assess_tier, curve_attacks, prepare_tier
+from robusthash.robustness.tiers import PreparedTier, assess_tier, curve_attacks, prepare_tier
 
 
 def assess(
@@ -52,7 +52,6 @@ def assess(
     progress: Progress = silent,
     *,
     direction: str | None = None,
-    relevance: str = "own",
     curve: bool = False,
     shard: tuple[int, int] | None = None,
     checked: bool = True,
@@ -64,7 +63,6 @@ def assess(
     Args:
         tier_name, threat, queries: as of ``tiers.prepare_tier``.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
-        relevance: label system that says what is relevant, to attackers and scores; ``own``: the data's.
         curve: the worst case at seven budgets too, by the attacks ``guided`` and ``soft-ap``.
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them. The
             processes of ``torchrun`` divide the work by themselves.
@@ -73,7 +71,8 @@ def assess(
             attacked again.
         options: ``surrogates``, runs on the same data that transfer attacks search on (without them F5 says
             so); ``steps`` of the tier paper; ``attacks``, settings of one's own attacks besides those of the
-            tier, without a budget: they get that of ``threat``, and the result is named after them too.
+            tier, without a budget: they get that of ``threat``, and the result is named after them too;
+            ``relevance``, the label system that attackers and scores go by, by default the data's ``own``.
 
     Returns:
         The result, named by threat and tier; None of a shard.
@@ -91,6 +90,7 @@ def assess(
         others = run.assessed() if stored else {}  # refused now where the file is damaged
         prepare_process(run.config)
         victim, objective = load_victim(run)
+        relevance = options.pop("relevance", "own")
         data = read_data(run.config, progress)
         data = data if relevance == "own" else data.by(relevance)
         context = context_of(run, victim, data, progress, direction, whole=True)
@@ -100,11 +100,7 @@ def assess(
         prepared = prepare_tier(context, tier_name, aim, objective=objective, queries=queries, **options)
         if curve:
             curve_attacks(prepared)  # refused before anything is attacked
-        store: BlockStore = NoStore()
-        if stored:
-            for spec in own:
-                use_generator(prepared.context, spec.attack, progress)
-            store = FolderStore(_folder(run, prepared.suite, prepared.context))
+        store = _block_store(run, prepared, own, progress) if stored else NoStore()
         if shard is not None:
             if isinstance(store, FolderStore):
                 work, lock = "shard {} of {}".format(*shard), "owner-{}-{}.lock".format(*shard)
@@ -112,14 +108,30 @@ def assess(
             run_attacks(prepared.context, prepared.suite.specs, store, progress, shard)
             return None
         result = assess_tier(prepared, curve=curve, checked=checked, store=store, progress=progress)
-        scored_on = scored_by(direction, relevance)
-        added = f" with {', '.join(spec.name for spec in own)}" if own else ""
-        result = described(result, f"{scored_on} {result.name}{added}".strip(), run, relevance)
-        result = replace(result, scored_on=scored_on)
+        result = _named(result, run, direction, relevance, own)
         if stored and rank() == 0:
             others.pop(result.name, None)
             save_results(run.path / "assess.json", [*others.values(), result])
     return result
+
+
+def _block_store(
+    run: Run, prepared: PreparedTier, own: Sequence[OwnAttack], progress: Progress
+) -> BlockStore:
+    """The stored blocks of a suite on its queries; generator files are read even where they answer."""
+    for spec in own:
+        use_generator(prepared.context, spec.attack, progress)
+    return FolderStore(_folder(run, prepared.suite, prepared.context))
+
+
+def _named(
+    result: EvalResult, run: Run, direction: str | None, relevance: str, own: Sequence[OwnAttack]
+) -> EvalResult:
+    """The result named by direction, relevance, budget, tier and the attacks of the user."""
+    scored_on = scored_by(direction, relevance)
+    added = f" with {', '.join(spec.name for spec in own)}" if own else ""
+    result = described(result, f"{scored_on} {result.name}{added}".strip(), run, relevance)
+    return replace(result, scored_on=scored_on)
 
 
 def _own_attacks(attacks: Sequence[Component], aim: Threat, objective: HashObjective) -> list[OwnAttack]:
