@@ -143,6 +143,9 @@ def test_another_label_system_is_what_attackers_and_scores_go_by(call, run, coar
     fine, wide = load_results(run / "assess.json")
     assert (fine.setting.relevance, wide.setting.relevance) == ("own", "coarse")
     assert wide.reference["chance"] > fine.reference["chance"]
+    code, _, err = call("assess", run, "--tier", "smoke", "--relevance", "coarse", "--attack", "pgd")
+    assert code == 1
+    assert "have 4 of another system, for which it has no centers: leave out attacks on the trained" in err
     code, _, err = call("assess", run, "--relevance", "colour")
     assert code == 1
     assert "no labels 'colour' besides its own; it has ['coarse']" in err

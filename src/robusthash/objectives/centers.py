@@ -134,7 +134,12 @@ class CSQ(HashObjective):
         self.filler = sign(torch.rand(facts.bits, generator=generator) - 0.5).to(device)
 
     def targets(self, labels: Tensor) -> Tensor:
-        """(B, C) labels -> (B, K) centers in {-1, +1}."""
+        """(B, C) labels -> (B, K) centers in {-1, +1}; ValueError for those of another label system."""
+        if labels.shape[1] != len(self.centers):
+            raise ValueError(
+                f"the model was trained by {len(self.centers)} labels, and these items have {labels.shape[1]} "
+                "of another system, for which it has no centers: leave out attacks on the trained objective"
+            )
         total = labels @ self.centers
         return torch.where(total == 0, self.filler, total.sign())
 
