@@ -135,9 +135,10 @@ class CSQ(HashObjective):
 
     def targets(self, labels: Tensor) -> Tensor:
         """(B, C) labels -> (B, K) centers in {-1, +1}; ValueError for those of another label system."""
-        if labels.shape[1] != len(self.centers):
+        count, trained = labels.shape[1], len(self.centers)
+        if count != trained:
             raise ValueError(
-                f"the model was trained by {len(self.centers)} labels, and these items have {labels.shape[1]} "
+                f"the model was trained by {trained} labels, and these items have {count} "
                 "of another system, for which it has no centers: leave out attacks on the trained objective"
             )
         total = labels @ self.centers
